@@ -1,0 +1,109 @@
+"""Resume points: one safetensors file that is written aside and renamed, so never torn."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mgd.errors import UserError
+
+FILE = "state.safetensors"
+
+
+def save_checkpoint(
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, progress: Mapping[str, Any]
+) -> None:
+    """Write everything that a resumed run needs.
+
+    Randomness is drawn from (seed, step) throughout, so that no generator state belongs here.
+
+    Args:
+        folder: the run's `checkpoint/`.
+        modules: networks by name.
+        optimizer: its tensors are stored beside the weights, its numbers in the header.
+        progress: JSON values: step, seconds, the resolved recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
+    state, numbers = optimizer.state_dict(), {}
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{index}/{key}"] = value
+            else:
+                numbers[f"{index}/{key}"] = value
+    header = {"progress": dict(progress), "param_groups": state["param_groups"], "numbers": numbers}
+    write_aside(folder / FILE, lambda path: save_file(_plain(tensors), path, metadata={"mgd": json.dumps(header)}))
+
+
+def load_checkpoint(
+    folder: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Load a resume point in place; return its `progress`, or None where there is none.
+
+    Raises:
+        UserError: the file is damaged or belongs to other networks.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["mgd"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for name, module in modules.items():
+            module.load_state_dict(_below(tensors, name), strict=True)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Any]] = {}
+        entries = _below(tensors, "optimizer") | header["numbers"]
+        for key, value in entries.items():
+            index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = _laid_out(value, parameters[int(index)])
+        optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
+    except (SafetensorError, OSError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be resumed from: {str(error).splitlines()[0]}; start over with --restart"
+        ) from error
+    return header["progress"]
+
+
+def write_aside(path: Path, write: Any) -> None:
+    """Call `write(aside)` on a neighbouring path, flush it to disk and rename it to `path`."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; what stood there is intact") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file aside and rename it."""
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+
+def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
+
+
+def _laid_out(value: Any, parameter: Tensor) -> Any:
+    # The same memory layout as before the stop: sums in another order would not be bit-identical.
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)

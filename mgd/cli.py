@@ -1,0 +1,95 @@
+"""What the stages share around their `main`: flags, the accelerator, errors as one line."""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from mgd.checkpoint import write_text
+from mgd.errors import UserError
+from mgd.recipe import Recipe
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags of every stage that trains."""
+    flags = argparse.ArgumentParser(description=description)
+    flags.add_argument("--recipe", required=True, help="TOML file, e.g. recipes/quickstart.toml")
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of the recipe"
+    )
+    flags.add_argument("--restart", action="store_true", help="delete what the run folder holds and start over")
+    flags.add_argument("--json", metavar="FILE", help="also write the last table as JSON")
+    return flags
+
+
+def start(recipe: Recipe) -> Accelerator:
+    """Return the accelerator, with CPU threads and seed set and the libraries' chatter off."""
+    accelerator = Accelerator()
+    if accelerator.device.type == "cpu":
+        # `accelerate launch` sets OMP_NUM_THREADS=1 for a single CPU process; it means us to choose.
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    set_seed(recipe.run.seed)
+    return accelerator
+
+
+def print_table(accelerator: Accelerator, rows: Sequence[Mapping[str, Any]], output: str | None = None) -> None:
+    """Print rows as a Markdown table (numbers to two decimals), and write them as JSON if asked."""
+    if not accelerator.is_main_process:
+        return
+    columns = list(rows[0])
+    cells = [[_cell(row[column]) for column in columns] for row in rows]
+    widths = [max(len(line[place]) for line in [columns, *cells]) for place in range(len(columns))]
+    for line in [columns, ["-" * width for width in widths], *cells]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    if output:
+        write_text(Path(output), json.dumps(list(rows), indent=2) + "\n")
+
+
+def result_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of one run for the last table of a stage."""
+    return {
+        "run": metrics["name"],
+        "method": metrics["method"],
+        "backbone": metrics["backbone"],
+        "labelled": metrics["num_labeled"],
+        "unlabelled": metrics["num_unlabeled"],
+        "val mIoU %": metrics["miou"],
+        "minutes": metrics["seconds"] / 60,
+    }
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        # A data worker hands its exception over with its traceback as text before the message.
+        message = str(error).rpartition("UserError: ")[2] if str(error).startswith("Caught ") else str(error)
+        sys.exit(_fail(message.strip()))
+    except KeyboardInterrupt:
+        sys.exit(_fail("stopped; the same command goes on from the last resume point", status=130))
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _fail(message: str, status: int = 2) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    return status
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""Data: readers, partitions, augmentation, CutMix and the batches of a training step."""

@@ -1,0 +1,56 @@
+"""CutMix for segmentation: boxes as in CPS (Chen et al., CVPR 2021), tensors only."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def box_masks(
+    num_masks: int,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    num_boxes: int = 3,
+    proportion: tuple[float, float] = (0.25, 0.5),
+) -> Tensor:
+    """Draw CutMix masks.
+
+    A box's height and width are each uniform in `proportion` of the side, divided by
+    sqrt(num_boxes); its position is uniform inside the image; boxes of one mask are XOR-ed.
+
+    Args:
+        num_masks: B.
+        size: (H, W), pixels.
+        generator: CPU generator, the only source of randomness.
+        num_boxes: boxes a mask.
+        proportion: least and greatest side of a box before the division.
+
+    Returns:
+        `[B, 1, H, W]` bool, True where the second image shows.
+    """
+    height, width = size
+    sides = torch.tensor([height, width], dtype=torch.float64)
+    draws = torch.rand(num_masks, num_boxes, 2, 2, generator=generator, dtype=torch.float64)
+    low, high = proportion
+    extent = ((low + (high - low) * draws[..., 0]) / math.sqrt(num_boxes) * sides).round()
+    start = ((sides - extent) * draws[..., 1]).round()
+    stop = start + extent
+    rows, columns = torch.arange(height), torch.arange(width)
+    in_rows = (rows >= start[..., 0, None]) & (rows < stop[..., 0, None])  # [B, boxes, H]
+    in_columns = (columns >= start[..., 1, None]) & (columns < stop[..., 1, None])  # [B, boxes, W]
+    boxes = in_rows[..., :, None] & in_columns[..., None, :]
+    return boxes.sum(dim=1, keepdim=True) % 2 == 1
+
+
+def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    """Lay the True pixels of `second` over `first`.
+
+    Args:
+        first: `[B, C, H, W]`.
+        second: `[B, C, H, W]`.
+        mask: `[B, 1, H, W]` bool.
+
+    Returns:
+        `[B, C, H, W]`.
+    """
+    return torch.where(mask, second, first)

@@ -1,0 +1,241 @@
+"""Readers: a folder, or a generator, as `datasets.Dataset`s with columns `id`, `image`, `label`.
+
+A reader is the model of its own `[data]` section with a `load` method. Register one with
+`@DATASETS.register("name")`; a package of yours can do so through the entry-point group
+`mgd.datasets`.
+"""
+
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+from typing import Annotated
+
+import datasets
+import PIL.Image
+from pydantic import Field
+
+from mgd.data import shapes
+from mgd.data.transforms import LabelDecoder
+from mgd.errors import UserError
+from mgd.recipe import DataSection
+from mgd.registry import DATASETS
+
+Color = tuple[
+    Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What a reader returns.
+
+    Args:
+        labeled: training images that have a mask (which of them a run may see is the
+            partition's choice).
+        unlabeled: training images without one; may be empty.
+        val: images with masks, for the reported mIoU.
+        classes: K class names.
+        colors: K colours for overlays and palette PNGs.
+        decoder: turns a mask into class indices.
+    """
+
+    labeled: datasets.Dataset
+    unlabeled: datasets.Dataset
+    val: datasets.Dataset
+    classes: tuple[str, ...]
+    colors: tuple[Color, ...]
+    decoder: LabelDecoder
+
+
+@DATASETS.register("shapes")
+class Shapes(DataSection):
+    """Generated images, see mgd/data/shapes.py; nothing is read from disk."""
+
+    num_train: Annotated[int, Field(gt=0)] = 300
+    """Training images."""
+    num_val: Annotated[int, Field(gt=0)] = 100
+    """Validation images."""
+    size: Annotated[int, Field(ge=32, le=1024)] = 96
+    """Side of an image, pixels."""
+    draw_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the drawing; other seeds are other data sets."""
+
+    def load(self) -> Splits:
+        """Draw both splits."""
+        return Splits(
+            labeled=self._draw("train", 0, self.num_train),
+            unlabeled=_table([], []),
+            val=self._draw("val", 1_000_000, self.num_val),
+            classes=shapes.CLASSES,
+            colors=default_colors(len(shapes.CLASSES)),
+            decoder=LabelDecoder(len(shapes.CLASSES)),
+        )
+
+    def _draw(self, split: str, first: int, count: int) -> datasets.Dataset:
+        pairs = [shapes.draw(self.draw_seed, first + index, self.size) for index in range(count)]
+        return _table(
+            [f"{split}-{index:06d}" for index in range(count)],
+            [{"bytes": _png(image), "path": None} for image, _ in pairs],
+            [{"bytes": _png(label), "path": None} for _, label in pairs],
+        )
+
+
+_CAMVID = {
+    "sky": (128, 128, 128),
+    "building": (128, 0, 0),
+    "pole": (192, 192, 128),
+    "road": (128, 64, 128),
+    "pavement": (60, 40, 222),
+    "tree": (128, 128, 0),
+    "sign_symbol": (192, 128, 128),
+    "fence": (64, 64, 128),
+    "car": (64, 0, 128),
+    "pedestrian": (64, 64, 0),
+    "bicyclist": (0, 128, 192),
+}
+
+
+@DATASETS.register("camvid")
+class CamVid(DataSection):
+    """CamVid in SegNet's layout: train/ trainannot/ val/ valannot/ (test/ testannot/)."""
+
+    root: str
+    """Folder of CamVid."""
+    val_split: Annotated[str, Field(pattern="^(val|test)$")] = "val"
+    """Split that is evaluated: val or test."""
+
+    def load(self) -> Splits:
+        """List both splits."""
+        root = _folder(self.root, "[data] root")
+        return Splits(
+            labeled=self._split(root, "train"),
+            unlabeled=_table([], []),
+            val=self._split(root, self.val_split),
+            classes=tuple(_CAMVID),
+            colors=tuple(_CAMVID.values()),
+            decoder=LabelDecoder(len(_CAMVID), remap=((11, 255),)),
+        )
+
+    def _split(self, root: Path, name: str) -> datasets.Dataset:
+        images = _by_stem(_folder(root / name, "CamVid images"))
+        masks = _by_stem(_folder(root / f"{name}annot", "CamVid masks"))
+        missing = sorted(images.keys() ^ masks.keys())
+        if missing:
+            raise UserError(f"{root}: {name}/ and {name}annot/ differ: {_some(missing)} in one of them only")
+        return _paired(images, masks)
+
+
+@DATASETS.register("folder")
+class Folder(DataSection):
+    """Your own images: images/, masks/ (same stems) and, if you like, unlabeled/."""
+
+    root: str
+    """Folder that holds images/ and masks/; images without a mask are unlabelled."""
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    """Class names; mask value i is classes[i], 255 is ignored."""
+    colors: tuple[Color, ...] = ()
+    """For colour-coded masks: one [r, g, b] a class. Left empty, masks hold class indices."""
+    ignore_color: Color | None = None
+    """Colour of unlabelled pixels in colour-coded masks."""
+    val_root: str | None = None
+    """Folder with images/ and masks/ to evaluate on; left out, `val_share` is held out."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the images with masks that is held out, the same one whatever the seed."""
+
+    def load(self) -> Splits:
+        """List images and masks, and hold out the validation images."""
+        if self.colors and len(self.colors) != len(self.classes):
+            raise UserError(
+                f"[data] colors has {len(self.colors)} entries, classes {len(self.classes)}; one colour a class"
+            )
+        images, masks = self._pairs(_folder(self.root, "[data] root"))
+        if self.val_root is None:
+            names = sorted(masks, key=lambda name: hashlib.sha256(name.encode()).digest())
+            held_out = names[: max(1, round(self.val_share * len(names)))]
+            if len(held_out) == len(names):
+                raise UserError(f"{self.root}: {len(names)} image with a mask; at least 2 are needed (one to evaluate)")
+            val = _paired(images, {name: masks.pop(name) for name in held_out})
+        else:
+            val = _paired(*self._pairs(_folder(self.val_root, "[data] val_root")))
+            held_out = []
+        pool = {name: path for name, path in images.items() if name not in masks and name not in held_out}
+        unlabeled = Path(self.root) / "unlabeled"
+        if unlabeled.is_dir():
+            pool |= {f"unlabeled/{name}": path for name, path in _by_stem(unlabeled).items()}
+        return Splits(
+            labeled=_paired(images, masks),
+            unlabeled=_table(sorted(pool), [str(pool[name]) for name in sorted(pool)]),
+            val=val,
+            classes=self.classes,
+            colors=self.colors or default_colors(len(self.classes)),
+            decoder=LabelDecoder(len(self.classes), colors=self.colors, ignore_color=self.ignore_color),
+        )
+
+    def _pairs(self, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+        images = _by_stem(_folder(root / "images", "images"))
+        masks = _by_stem(_folder(root / "masks", "masks"))
+        orphans = sorted(masks.keys() - images.keys())
+        if orphans:
+            raise UserError(f"{root}: masks without an image of the same stem: {_some(orphans)}")
+        if not masks:
+            raise UserError(f"{root / 'masks'}: no mask files ({', '.join(SUFFIXES)})")
+        return images, masks
+
+
+def default_colors(num_classes: int) -> tuple[Color, ...]:
+    """Return the colours of the PASCAL VOC palette: class i takes the bits of i, high ones first."""
+    colors = []
+    for index in range(num_classes):
+        red = green = blue = 0
+        for bit in range(8):
+            red |= (index >> (3 * bit) & 1) << (7 - bit)
+            green |= (index >> (3 * bit + 1) & 1) << (7 - bit)
+            blue |= (index >> (3 * bit + 2) & 1) << (7 - bit)
+        colors.append((red, green, blue))
+    return tuple(colors)
+
+
+def _table(ids: list[str], images: list, labels: list | None = None) -> datasets.Dataset:
+    columns: dict[str, list] = {"id": ids, "image": images}
+    features = {"id": datasets.Value("string"), "image": datasets.Image()}
+    if labels is not None:
+        columns["label"], features["label"] = labels, datasets.Image()
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _paired(images: dict[str, Path], masks: dict[str, Path]) -> datasets.Dataset:
+    names = sorted(masks)
+    return _table(names, [str(images[name]) for name in names], [str(masks[name]) for name in names])
+
+
+def _folder(path: str | Path, what: str) -> Path:
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{what}: the folder {path} does not exist (paths are relative to the working directory)")
+    return path
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Map relative path without suffix -> file, for the image files below a folder."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+            continue
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise UserError(f"{folder}: {found[stem].name} and {path.name} share a stem; rename one")
+        found[stem] = path
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _png(array) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(array).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

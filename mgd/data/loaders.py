@@ -1,0 +1,184 @@
+"""Batches of a training step, and the images of an evaluation.
+
+Sample p of a run (step * batch_size + place in the batch) is a pure function of (seed, p): which
+image, which crop, which flip. So the same images come in the same order on one process and on
+many, and a resumed run goes on exactly where it stopped.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mgd.data.cutmix import box_masks
+from mgd.data.transforms import LabelDecoder, augment, rescale, to_rgb, to_tensor
+from mgd.errors import UserError
+from mgd.recipe import DataSection
+
+LABELED, UNLABELED, MIX, MASK = range(4)  # the streams of randomness; each is drawn on its own
+
+
+class Images:
+    """Random access to decoded images, with labels where they are asked for.
+
+    Args:
+        source: columns `id`, `image` and, unless no label is ever asked for, `label`.
+        decoder: turns a mask into class indices.
+        image_scale: factor by which images and labels are resized first.
+    """
+
+    def __init__(self, source: datasets.Dataset, decoder: LabelDecoder, image_scale: float = 1.0) -> None:
+        self.ids = list(source["id"])
+        self.labeled = source
+        self.unlabeled = source.select_columns(["id", "image"])
+        self.decoder, self.image_scale = decoder, image_scale
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.ids)
+
+    def read(self, index: int, with_label: bool) -> tuple[PIL.Image.Image, np.ndarray | None]:
+        """Return the RGB image and its `[H, W]` uint8 label (None unless asked for).
+
+        Raises:
+            UserError: image or mask cannot be decoded, or their sizes differ.
+        """
+        name = self.ids[index]
+        try:
+            row = (self.labeled if with_label else self.unlabeled)[index]
+            image = to_rgb(row["image"])
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise UserError(f"image {name} cannot be read: {error}") from error
+        label = None
+        if with_label:
+            label = self.decoder(row["label"], name)
+            if label.shape != (image.height, image.width):
+                raise UserError(
+                    f"mask of {name} is {label.shape[1]}x{label.shape[0]} pixels, its image "
+                    f"{image.width}x{image.height}; the two must agree"
+                )
+        return rescale(image, label, self.image_scale)
+
+
+class TrainingPairs(Dataset):
+    """Sample p: one labelled image with its label and, if wanted, two unlabelled ones and a CutMix mask.
+
+    Each stream runs through its images in a new random order every pass, so the shorter one is
+    cycled with reshuffling.
+    """
+
+    def __init__(self, labeled: Images, unlabeled: Images | None, section: DataSection, seed: int) -> None:
+        self.labeled, self.unlabeled, self.section, self.seed = labeled, unlabeled, section, seed
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor | str]:
+        """Return `image`, `label`, `id` and, with an unlabelled set, `unlabeled`, `mix`, `mask`."""
+        name, image, label = self._sample(self.labeled, LABELED, position)
+        sample = {"id": name, "image": image, "label": label}
+        if self.unlabeled is not None:
+            for key, stream in (("unlabeled", UNLABELED), ("mix", MIX)):
+                sample[f"{key}_id"], sample[key], _ = self._sample(self.unlabeled, stream, position)
+            generator = torch.Generator().manual_seed(int(_rng(self.seed, MASK, position).integers(2**63)))
+            sample["mask"] = box_masks(1, (self.section.crop, self.section.crop), generator)[0]
+        return sample
+
+    def _sample(self, images: Images, stream: int, position: int) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+        passes, place = divmod(position, len(images))
+        index = int(_order(self.seed, stream, passes, len(images))[place])
+        image, label = images.read(index, with_label=stream == LABELED)
+        rng = _rng(self.seed, stream, position)
+        section = self.section
+        return images.ids[index], *augment(image, label, section.crop, section.scales, section.flip, rng)
+
+
+def _rng(seed: int, stream: int, position: int) -> np.random.Generator:
+    return np.random.default_rng((seed, stream, position))
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, stream: int, passes: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, stream, passes, length)).permutation(length)
+
+
+class StepSampler(Sampler[list[int]]):
+    """The positions of this process's part of every global batch, from one step to another."""
+
+    def __init__(self, start: int, stop: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.steps = range(start, stop)
+        self.batch_size, self.part, self.rank = batch_size, batch_size // world_size, rank
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield one list of positions a step."""
+        for step in self.steps:
+            first = step * self.batch_size + self.rank * self.part
+            yield list(range(first, first + self.part))
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self.steps)
+
+
+def training_loader(pairs: TrainingPairs, sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader:
+    """Return the loader of one run: a dict of `[b, ...]` tensors a step, b = this process's part."""
+    return DataLoader(
+        pairs,
+        batch_sampler=sampler,
+        num_workers=min(workers, max(len(sampler), 0)),
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+class EvaluationImages(Dataset):
+    """Whole images with labels, in order: `(id, image [3, H, W] uint8, label [H, W] int64)`."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
+        """Return one image and its label."""
+        image, label = self.images.read(index, with_label=True)
+        return self.images.ids[index], to_tensor(image), torch.from_numpy(label.astype(np.int64))
+
+
+def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world_size: int) -> DataLoader:
+    """Return a loader of this process's share of the images: lists of `EvaluationImages` items."""
+    share = list(range(rank, len(images), world_size))
+    return DataLoader(
+        torch.utils.data.Subset(EvaluationImages(images), share),
+        batch_size=batch_size,
+        num_workers=min(workers, len(share)),
+        collate_fn=list,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def per_process(batch_size: int, world_size: int) -> int:
+    """Return the part of the global batch that one process takes.
+
+    Raises:
+        UserError: the batch does not divide; the message names batch sizes that would.
+    """
+    if batch_size % world_size:
+        below, above = batch_size // world_size * world_size, (batch_size // world_size + 1) * world_size
+        fitting = f"{above}" if below == 0 else f"{below} or {above}"
+        raise UserError(
+            f"[optim] batch_size = {batch_size} does not divide over {world_size} processes; "
+            f"use {fitting}, or {_divisors(batch_size)} processes"
+        )
+    return batch_size // world_size
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,95 @@
+"""Partitions: which training images are labelled, and which only seen."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mgd.errors import UserError
+from mgd.recipe import Partition, labeled_amount
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Ids of the labelled and of the unlabelled training images."""
+
+    labeled: tuple[str, ...]
+    unlabeled: tuple[str, ...]
+
+    def manifest(self, section: Partition, seed: int) -> dict:
+        """Return what `partition.json` holds: how it was drawn, both counts, both lists."""
+        return {
+            "protocol": section.protocol,
+            "labeled_wanted": section.labeled,
+            "balanced": section.balanced,
+            "seed": seed,
+            "num_labeled": len(self.labeled),
+            "num_unlabeled": len(self.unlabeled),
+            "labeled": list(self.labeled),
+            "unlabeled": list(self.unlabeled),
+        }
+
+
+def split(
+    section: Partition,
+    with_mask: Sequence[str],
+    without_mask: Sequence[str],
+    seed: int,
+    presence: Mapping[str, np.ndarray] | None = None,
+) -> Split:
+    """Divide the training images.
+
+    The draw orders ids by SHA-256 of seed and id: the same on every machine and version, and a
+    larger share contains the smaller one.
+
+    Args:
+        section: the recipe's `[partition]`.
+        with_mask: ids that could be labelled.
+        without_mask: ids that cannot; always unlabelled.
+        seed: seed of the draw.
+        presence: id -> `[K]` bool, the classes an image shows; needed for a balanced choice.
+
+    Raises:
+        UserError: more labels wanted than there are masks, or no masks at all.
+    """
+    if not with_mask:
+        raise UserError("no training image has a mask; a run needs at least one labelled image")
+    wanted = labeled_amount(section.labeled, len(with_mask))
+    if wanted > len(with_mask):
+        raise UserError(
+            f"[partition] labeled = {section.labeled}: the training set has only {len(with_mask)} images with a mask"
+        )
+    drawn = sorted(with_mask, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    chosen = _balanced(drawn, wanted, presence) if section.balanced else drawn[:wanted]
+    rest = set(with_mask) - set(chosen)
+    return Split(labeled=tuple(sorted(chosen)), unlabeled=tuple(sorted(rest | set(without_mask))))
+
+
+def _balanced(drawn: Sequence[str], wanted: int, presence: Mapping[str, np.ndarray]) -> list[str]:
+    """Take, again and again, the first drawn image that shows the class seen least so far."""
+    remaining, chosen = list(drawn), []
+    seen = np.zeros_like(presence[drawn[0]], dtype=np.int64)
+    while len(chosen) < wanted:
+        available = np.logical_or.reduce([presence[name] for name in remaining])
+        if not available.any():
+            chosen += remaining[: wanted - len(chosen)]
+            break
+        rarest = int(np.argmin(np.where(available, seen, np.iinfo(np.int64).max)))
+        pick = next(name for name in remaining if presence[name][rarest])
+        remaining.remove(pick)
+        chosen.append(pick)
+        seen += presence[pick]
+    return chosen
+
+
+def write_manifest(path: Path, manifest: Mapping) -> None:
+    """Write `partition.json`."""
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def same_labels(first: Mapping, second: Mapping) -> bool:
+    """Whether two manifests name the same labelled images."""
+    return set(first["labeled"]) == set(second["labeled"])

@@ -1,0 +1,206 @@
+"""One recipe from data to result, in order: run folder, data, networks, training, evaluation.
+
+`stages/teacher_cps.py` and `stages/distill.py` both call `run_recipe`; the loop is in train.py.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mgd.checkpoint import write_text
+from mgd.data.datasets import Splits
+from mgd.data.loaders import Images, TrainingPairs, evaluation_loader, per_process
+from mgd.data.partitions import Split, split
+from mgd.errors import UserError
+from mgd.inference import count_confusion, predict_logits
+from mgd.metrics import Scores, scores
+from mgd.models.segmenter import build_segmenter
+from mgd.optim import total_steps
+from mgd.plots import plot_curves, save_overlays
+from mgd.recipe import Recipe
+from mgd.registry import METHODS
+from mgd.runs import device_name, finished_metrics, open_folder, peak_memory_mb, versions
+from mgd.train import train
+
+
+def run_recipe(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    teachers: Mapping[str, nn.Module] | None = None,
+    restart: bool = False,
+) -> dict[str, Any]:
+    """Train and evaluate one recipe, or take up where it stopped.
+
+    Args:
+        recipe: what to run.
+        accelerator: device, processes and precision.
+        teachers: loaded networks by name, for methods that have them.
+        restart: throw away what the run folder holds.
+
+    Returns:
+        What `metrics.json` holds; of a finished run, without doing anything.
+
+    Raises:
+        UserError: the data, or a run folder that belongs to another recipe.
+    """
+    folder = recipe.run_dir
+    if not restart and (done := finished_metrics(recipe)) is not None:
+        accelerator.print(f"{folder}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
+        return done
+    per_process(recipe.optim.batch_size, accelerator.num_processes)
+    splits = recipe.data.load()
+    partition = split_data(recipe, splits)
+    check_teachers(splits, teachers or {})
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            open_folder(recipe, partition, restart)
+
+    method_class = METHODS.get(recipe.method.name)
+    seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
+    with accelerator.main_process_first():
+        networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed) for seed in seeds]
+    _check_batch_norm(networks[0], recipe, accelerator.num_processes, method_class.forwards_per_label)
+    frozen = {name: teacher.to(accelerator.device) for name, teacher in (teachers or {}).items()}
+    method = method_class(recipe.method, networks, frozen)
+    pairs = _training_pairs(recipe, splits, partition, method_class.uses_unlabeled)
+    val = Images(splits.val, splits.decoder, recipe.data.image_scale)
+    num_steps = total_steps(recipe.optim, len(partition.labeled), len(partition.unlabeled))
+    accelerator.print(
+        f"{folder}: {recipe.method.name} {recipe.student.backbone}, {len(partition.labeled)} labelled / "
+        f"{len(partition.unlabeled)} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "
+        f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+
+    def evaluate(network: nn.Module) -> Scores:
+        return evaluate_network(network, val, recipe, accelerator)
+
+    seconds = train(method, pairs, recipe, num_steps, accelerator, folder, lambda network: evaluate(network).miou)
+    network = method.networks[0]
+    result = evaluate(network)
+    metrics = {
+        "name": folder.name,
+        "method": recipe.method.name,
+        "backbone": recipe.student.backbone,
+        "miou": result.miou,
+        "pixel_accuracy": result.pixel_accuracy,
+        "iou": dict(zip(splits.classes, result.iou, strict=True)),
+        "num_labeled": len(partition.labeled),
+        "num_unlabeled": len(partition.unlabeled),
+        "num_val": len(val),
+        "seed": recipe.run.seed,
+        "steps": num_steps,
+        "seconds": seconds,
+        "images_per_second": num_steps * recipe.optim.batch_size / seconds if seconds else None,
+        "peak_memory_mb": peak_memory_mb(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "device": device_name(accelerator.device),
+        "versions": versions(),
+    }
+    if accelerator.is_main_process:
+        _finish(folder, recipe, network, val, splits, metrics, accelerator.device)
+    accelerator.wait_for_everyone()
+    accelerator.print(f"{folder}: mIoU {result.miou:.2f} on {len(val)} val images, {seconds:.0f} s of training")
+    return metrics
+
+
+def split_data(recipe: Recipe, splits: Splits) -> Split:
+    """Draw the recipe's partition."""
+    presence = None
+    if recipe.partition.balanced:
+        images = Images(splits.labeled, splits.decoder)
+        presence = {}
+        for index, name in enumerate(images.ids):
+            values = np.unique(images.read(index, with_label=True)[1])
+            presence[name] = np.isin(np.arange(len(splits.classes)), values)
+    return split(
+        recipe.partition, list(splits.labeled["id"]), list(splits.unlabeled["id"]), recipe.partition_seed, presence
+    )
+
+
+def check_teachers(splits: Splits, teachers: Mapping[str, nn.Module]) -> None:
+    """Refuse a teacher of other classes.
+
+    Raises:
+        UserError: naming the teacher and both lists.
+    """
+    for name, teacher in teachers.items():
+        if teacher.classes != tuple(splits.classes):
+            raise UserError(
+                f"[teachers.{name}] knows {len(teacher.classes)} classes ({', '.join(teacher.classes[:4])}, ...), "
+                f"the data {len(splits.classes)} ({', '.join(splits.classes[:4])}, ...); they must be the same"
+            )
+
+
+def evaluate_network(network: nn.Module, images: Images, recipe: Recipe, accelerator: Accelerator) -> Scores:
+    """Evaluate on all processes; each takes its share of the images, once."""
+    network.eval()
+    num_classes = len(network.classes)
+    loader = evaluation_loader(
+        images,
+        recipe.eval.batch_size,
+        recipe.data.workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    with accelerator.autocast():
+        confusion = count_confusion(network, loader, num_classes, recipe.eval, recipe.data.crop, accelerator.device)
+    return scores(accelerator.reduce(confusion, reduction="sum"))
+
+
+def _training_pairs(recipe: Recipe, splits: Splits, partition: Split, uses_unlabeled: bool) -> TrainingPairs:
+    scale = recipe.data.image_scale
+    labeled = Images(_rows(splits.labeled, partition.labeled), splits.decoder, scale)
+    if not uses_unlabeled:
+        return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)
+    # With no image left unlabelled, the labelled ones serve as the pool, their masks unseen.
+    pool = partition.unlabeled or partition.labeled
+    source = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
+    return TrainingPairs(labeled, Images(_rows(source, pool), splits.decoder, scale), recipe.data, recipe.run.seed)
+
+
+def _rows(source: datasets.Dataset, ids: tuple[str, ...]) -> datasets.Dataset:
+    wanted = set(ids)
+    return source.select([index for index, name in enumerate(source["id"]) if name in wanted])
+
+
+def _check_batch_norm(network: nn.Module, recipe: Recipe, world_size: int, forwards_per_label: int) -> None:
+    images = recipe.optim.batch_size // world_size * forwards_per_label
+    if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in network.head.modules()):
+        raise UserError(
+            "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
+            'double it, or use [student.head] norm = "group"'
+        )
+
+
+def _finish(
+    folder: Path,
+    recipe: Recipe,
+    network: nn.Module,
+    val: Images,
+    splits: Splits,
+    metrics: dict[str, Any],
+    device: torch.device,
+) -> None:
+    """Write what a finished run leaves behind; metrics.json last, for it marks the run finished."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": metrics["steps"], "val_miou": metrics["miou"]}) + "\n")
+    network.save(folder / "model")
+    write_text(folder / "model" / "recipe.toml", recipe.to_toml())
+    plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+    rows = []
+    for index in sorted({round(place * (len(val) - 1) / 3) for place in range(4)}):
+        image, label = val.read(index, with_label=True)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
+        with torch.inference_mode():
+            logits = predict_logits(network, pixels, recipe.eval, recipe.data.crop)
+        rows.append((np.asarray(image), label, logits.argmax(dim=1)[0].cpu().numpy()))
+    save_overlays(rows, splits.colors, folder / "overlays.png")
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")

@@ -1,0 +1,73 @@
+"""Prediction of whole images: at once or by a sliding window; the confusion matrix of a data set."""
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mgd.metrics import confusion_matrix
+from mgd.recipe import Eval
+
+
+def predict_logits(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:
+    """Predict a batch of images of one size.
+
+    Args:
+        model: segmenter in eval mode.
+        image: `[B, 3, H, W]`, pixel values 0..255.
+        section: the recipe's `[eval]`.
+        crop: side of the sliding window when `section.crop` is left out, pixels.
+
+    Returns:
+        `[B, K, H, W]` logits; where windows overlap, their mean.
+    """
+    if section.mode == "whole":
+        return model(image).logits
+    side = section.crop or crop
+    height, width = image.shape[-2:]
+    corners = list(itertools.product(_starts(height, side, section.stride), _starts(width, side, section.stride)))
+    total, count = None, image.new_zeros((1, 1, height, width), dtype=torch.float32)
+    for top, left in corners:
+        rows, columns = slice(top, min(top + side, height)), slice(left, min(left + side, width))
+        logits = model(image[..., rows, columns]).logits
+        if total is None:
+            total = logits.new_zeros((*logits.shape[:2], height, width))
+        total[..., rows, columns] += logits
+        count[..., rows, columns] += 1
+    return total / count
+
+
+def _starts(length: int, side: int, stride: float) -> list[int]:
+    """Window positions along one axis; the last window ends with the image."""
+    if length <= side:
+        return [0]
+    number = math.ceil((length - side) / (side * stride)) + 1
+    return [min(round(place * side * stride), length - side) for place in range(number)]
+
+
+@torch.inference_mode()
+def count_confusion(
+    model: nn.Module, loader: Iterable, num_classes: int, section: Eval, crop: int, device: torch.device
+) -> Tensor:
+    """Run a model over labelled images.
+
+    Args:
+        model: segmenter in eval mode, on `device`.
+        loader: lists of `(id, image [3, H, W], label [H, W])`.
+        num_classes: K.
+        section: the recipe's `[eval]`.
+        crop: sliding window when `section.crop` is left out, pixels.
+        device: where to compute.
+
+    Returns:
+        `[K, K]` int64 confusion matrix on `device`.
+    """
+    total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for items in loader:
+        for _, group in itertools.groupby(items, key=lambda item: item[1].shape):
+            _, images, labels = zip(*group, strict=True)
+            logits = predict_logits(model, torch.stack(images).to(device), section, crop)
+            total += confusion_matrix(logits.argmax(dim=1), torch.stack(labels).to(device), num_classes)
+    return total

@@ -1,0 +1,73 @@
+"""The three distillation losses of MGD (Qin et al., ECCV 2022): pixel, image and region level."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from einops import rearrange, reduce
+from torch import Tensor
+from torch.nn import functional
+
+
+def pixel_level(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Tensor:
+    """L_P, eq. 2: cross-entropy against each teacher's argmax, summed over the teachers.
+
+    Args:
+        student_logits: `[B, K, H, W]`.
+        teacher_logits: N tensors `[B, K, H, W]`; no gradient flows into them.
+
+    Returns:
+        Scalar, mean over pixels.
+    """
+    return sum(functional.cross_entropy(student_logits, logits.argmax(dim=1)) for logits in teacher_logits)
+
+
+def image_level(student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """L_I, eq. 3-4: L1 distance of the globally average-pooled predictions.
+
+    Args:
+        student_logits: `[B, K, H, W]`.
+        teacher_logits: `[B, K, H, W]`.
+        reduction: "mean" over batch and classes (paper), or "sum" over both (authors' code).
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: another reduction.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction = {reduction!r}; choices: mean, sum")
+    student, teacher = (reduce(logits, "b k h w -> b k", "mean") for logits in (student_logits, teacher_logits))
+    distance = (student - teacher.detach()).abs()
+    return distance.mean() if reduction == "mean" else distance.sum()
+
+
+def region_level(student_features: Tensor, teacher_features: Tensor, grid: int = 7) -> Tensor:
+    """L_R, eq. 5-6: mean squared difference of the self-correlations of grid x grid regions.
+
+    Args:
+        student_features: `[B, C, H, W]`, the decoder map before the classifier.
+        teacher_features: `[B, C', H', W']`; channels and size may differ from the student's.
+        grid: regions a side.
+
+    Returns:
+        Scalar, mean over batch and the grid^2 x grid^2 pairs of regions.
+    """
+    student = self_correlation(student_features, grid)
+    teacher = self_correlation(teacher_features.detach(), grid)
+    return functional.mse_loss(student, teacher)
+
+
+def self_correlation(features: Tensor, grid: int) -> Tensor:
+    """Eq. 5: cosine similarity between all pairs of average-pooled regions.
+
+    Args:
+        features: `[B, C, H, W]`.
+        grid: regions a side.
+
+    Returns:
+        `[B, grid * grid, grid * grid]`.
+    """
+    regions = functional.adaptive_avg_pool2d(features.float(), grid)
+    regions = functional.normalize(rearrange(regions, "b c i j -> b (i j) c"), dim=-1)
+    return regions @ regions.transpose(1, 2)

@@ -1,0 +1,145 @@
+"""MGD: a student under frozen teachers, distilled at pixel, image and region level."""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mgd.data.cutmix import mix
+from mgd.errors import UserError, did_you_mean
+from mgd.losses import mgd as losses
+from mgd.methods.base import Batch, Method, StepOutput, num_processes
+from mgd.methods.supervised import labeled_loss
+from mgd.recipe import Positive, Section
+from mgd.registry import METHODS
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class PixelTerm(Section):
+    """`[method.pixel]`: cross-entropy against the teachers' hard labels, eq. 2."""
+
+    teachers: tuple[str, ...] = ()
+    """Names under [teachers]; empty switches the term off."""
+    weight: Weight = 1.0
+    """Weight of the term."""
+    on: tuple[Literal["labeled", "unlabeled"], ...] = ("labeled", "unlabeled")
+    """Images it is taken on."""
+
+
+class ImageTerm(Section):
+    """`[method.image]`: L1 distance of pooled predictions on the mixed images, eq. 3-4."""
+
+    teachers: tuple[str, ...] = ()
+    """Names under [teachers]; empty switches the term off."""
+    weight: Weight = 0.002
+    """lambda1; 0.002 goes with the summed form."""
+    reduction: Literal["mean", "sum"] = "sum"
+    """`mean` over batch and classes (paper's equation) or `sum` over both (authors' code)."""
+
+
+class RegionTerm(Section):
+    """`[method.region]`: distance of region self-correlations on the mixed images, eq. 5-6."""
+
+    teachers: tuple[str, ...] = ()
+    """Names under [teachers]; empty switches the term off."""
+    weight: Weight = 100.0
+    """lambda2."""
+    grid: Positive = 7
+    """Regions a side."""
+
+
+class MGDConfig(Section):
+    """Keys of `[method]` for `mgd`."""
+
+    name: Literal["mgd"] = "mgd"
+    pixel: PixelTerm = PixelTerm()
+    image: ImageTerm = ImageTerm()
+    region: RegionTerm = RegionTerm()
+
+
+@METHODS.register("mgd")
+class MGD(Method):
+    """Total loss, eq. 7: L_Sup + L_P^l + L_P^u + lambda1 L_I + lambda2 L_R."""
+
+    Config = MGDConfig
+    needs_teachers = True
+
+    @classmethod
+    def check(cls, config: MGDConfig, teachers: tuple[str, ...]) -> None:
+        """Check that every term names teachers that exist, and that every teacher is used."""
+        super().check(config, teachers)
+        used: set[str] = set()
+        for term in ("pixel", "image", "region"):
+            for name in getattr(config, term).teachers:
+                if name not in teachers:
+                    raise UserError(f"{term}.teachers = {name!r}: no such teacher; {did_you_mean(name, teachers)}")
+                used.add(name)
+        if unused := sorted(set(teachers) - used):
+            raise UserError(
+                f"no term uses the teacher {unused[0]!r}; name it in pixel.teachers, image.teachers or "
+                f"region.teachers, or remove [teachers.{unused[0]}]"
+            )
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """Return the loss of the labelled and the CutMix-ed unlabelled images."""
+        config, mask = self.config, batch["mask"]
+        views = {
+            "labeled": batch["image"],
+            "first": batch["unlabeled"],
+            "second": batch["mix"],
+            "mixed": mix(batch["unlabeled"], batch["mix"], mask),
+        }
+        seen = {name: self._look(name, views) for name in self.teachers}
+
+        student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
+        labeled, mixed = student.logits.chunk(2)
+        features = student.features.chunk(2)[1]
+
+        log = {"loss_supervised": labeled_loss(labeled, batch["label"])}
+        loss = log["loss_supervised"]
+        if config.pixel.teachers:
+            for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
+                if where in config.pixel.on:
+                    targets = [_pixel_target(seen[name], where, mask) for name in config.pixel.teachers]
+                    log[f"loss_pixel_{where}"] = losses.pixel_level(logits, targets)
+                    loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
+        if config.image.teachers:
+            # A sum over the batch is a sum over the global batch: the loop averages over processes.
+            scale = num_processes() if config.image.reduction == "sum" else 1
+            log["loss_image"] = scale * sum(
+                losses.image_level(mixed, seen[name]["mixed"].logits, config.image.reduction)
+                for name in config.image.teachers
+            )
+            loss = loss + config.image.weight * log["loss_image"]
+        if config.region.teachers:
+            log["loss_region"] = sum(
+                losses.region_level(features, seen[name]["mixed"].features, config.region.grid)
+                for name in config.region.teachers
+            )
+            loss = loss + config.region.weight * log["loss_region"]
+        return StepOutput(loss, log)
+
+    def _look(self, name: str, views: Mapping[str, Tensor]) -> dict:
+        """One forward of a teacher over just the images that its terms need, split again by view."""
+        config, wanted = self.config, []
+        if name in config.pixel.teachers:
+            wanted += ["labeled"] if "labeled" in config.pixel.on else []
+            wanted += ["first", "second"] if "unlabeled" in config.pixel.on else []
+        if name in config.image.teachers or name in config.region.teachers:
+            wanted.append("mixed")
+        if not wanted:
+            return {}
+        with torch.inference_mode():
+            output = self.teachers[name](torch.cat([views[view] for view in wanted]))
+        parts = zip(*(tensor.chunk(len(wanted)) for tensor in output), strict=True)
+        return {view: type(output)(*tensors) for view, tensors in zip(wanted, parts, strict=True)}
+
+
+def _pixel_target(seen: Mapping, where: str, mask: Tensor) -> Tensor:
+    """Teacher logits `[B, K, H, W]` for the student's view; unmixed predictions are mixed like the images."""
+    if where == "labeled":
+        return seen["labeled"].logits
+    return mix(seen["first"].logits, seen["second"].logits, mask)

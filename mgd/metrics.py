@@ -1,0 +1,49 @@
+"""Mean intersection over union from one confusion matrix."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Scores(NamedTuple):
+    """Scores of a confusion matrix, in percent; NaN for a class that is nowhere."""
+
+    miou: float
+    iou: list[float]
+    pixel_accuracy: float
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Count pixels by true and predicted class.
+
+    Args:
+        prediction: `[B, H, W]` or any shape, classes 0..K-1.
+        label: the same shape, classes 0..K-1 or `ignore_index`.
+        num_classes: K.
+        ignore_index: pixels of this label do not count, whatever is predicted there.
+
+    Returns:
+        `[K, K]` int64, rows true, columns predicted.
+    """
+    counted = label != ignore_index
+    index = label[counted].long() * num_classes + prediction[counted].long()
+    return torch.bincount(index, minlength=num_classes * num_classes).view(num_classes, num_classes)
+
+
+def scores(confusion: Tensor) -> Scores:
+    """IoU = TP / (TP + FP + FN) a class; a class with an empty union is left out of the mean.
+
+    Args:
+        confusion: `[K, K]` counts, rows true, columns predicted.
+    """
+    confusion = confusion.double().cpu()
+    hit = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hit
+    iou = 100 * hit / union  # 0 / 0 is NaN: a class that is neither there nor predicted
+    present = ~iou.isnan()
+    return Scores(
+        miou=iou[present].mean().item() if present.any() else float("nan"),
+        iou=iou.tolist(),
+        pixel_accuracy=(100 * hit.sum() / confusion.sum()).item(),
+    )

@@ -1,0 +1,1 @@
+"""Models: timm backbones, heads, and the segmenter that joins them."""

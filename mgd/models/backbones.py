@@ -1,0 +1,94 @@
+"""timm backbones by name, as feature extractors at a chosen output stride."""
+
+import difflib
+
+import timm
+import torch
+from torch import nn
+
+from mgd.errors import UserError
+
+LOW_LEVEL_STRIDE = 4
+
+
+def build_backbone(
+    name: str, output_stride: int, pretrained: bool = False, multi_grid: tuple[int, ...] = ()
+) -> nn.Module:
+    """Build a timm backbone that returns two maps: stride 4, and the deepest at `output_stride`.
+
+    Args:
+        name: any timm model with `features_only`, e.g. "resnet18d".
+        output_stride: 8, 16 or 32.
+        pretrained: load timm's weights, from the hub or its cache.
+        multi_grid: dilations of the 3x3 convolutions in the blocks of a ResNet's last stage.
+
+    Returns:
+        Module: `[B, 3, H, W]` -> list of `[B, C, H/4, W/4]` and `[B, C', H/s, W/s]`. It has timm's
+        `feature_info` and `pretrained_cfg`.
+
+    Raises:
+        UserError: timm lacks the name, the model lacks one of the two strides, or its weights
+            cannot be had.
+    """
+    indices = _indices(name, output_stride)
+    try:
+        backbone = _create(name, output_stride, pretrained=pretrained, out_indices=indices)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise UserError(
+            f"[student] backbone = {name!r}: its ImageNet weights cannot be loaded "
+            f"({str(error).splitlines()[0][:160]}); go online once, point HF_HOME at a cache that has "
+            "them, or set pretrained = false"
+        ) from error
+    if multi_grid:
+        _apply_multi_grid(backbone, name, multi_grid)
+    return backbone
+
+
+def _create(name: str, output_stride: int, **options) -> nn.Module:
+    # Many timm families know only their native stride and do not accept the argument at all.
+    if output_stride != 32:
+        options["output_stride"] = output_stride
+    return timm.create_model(name, features_only=True, **options)
+
+
+def _indices(name: str, output_stride: int) -> tuple[int, int]:
+    """Find the two feature maps on the meta device, where no weight is allocated."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        hint = f"closest: {', '.join(near)}" if near else "timm.list_models() has them all"
+        raise UserError(f"[student] backbone = {name!r}: timm {timm.__version__} has no such model; {hint}")
+    try:
+        with torch.device("meta"):
+            reductions = list(_create(name, output_stride).feature_info.reduction())
+    except Exception as error:
+        other = "use output_stride = 32, or " if output_stride != 32 else ""
+        raise UserError(
+            f"[student] backbone = {name!r} cannot return feature maps at output_stride = {output_stride} "
+            f"({str(error).splitlines()[0][:120]}); {other}choose another backbone"
+        ) from error
+    if LOW_LEVEL_STRIDE not in reductions or reductions[-1] != output_stride:
+        raise UserError(
+            f"[student] backbone = {name!r} has feature strides {reductions}; needed are {LOW_LEVEL_STRIDE} and, "
+            f"last, output_stride = {output_stride}"
+        )
+    low_level = max(index for index, value in enumerate(reductions) if value == LOW_LEVEL_STRIDE)
+    return low_level, len(reductions) - 1
+
+
+def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...]) -> None:
+    """Set the dilations of the last stage, as the authors' code does.
+
+    The convolution whose stride was traded for dilation keeps half of its block's value.
+    """
+    if "layer4" not in dict(backbone.named_children()):
+        raise UserError(f"[student] multi_grid needs a ResNet backbone, not {name!r}; leave it out")
+    for index, block in enumerate(backbone["layer4"] if isinstance(backbone, nn.ModuleDict) else backbone.layer4):
+        dilation = multi_grid[index % len(multi_grid)]
+        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        for place, conv in enumerate(convs):
+            if conv.stride != (1, 1):
+                continue
+            value = max(1, dilation // 2) if index == 0 and place == 0 else dilation
+            conv.dilation = conv.padding = (value, value)

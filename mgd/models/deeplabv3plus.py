@@ -1,0 +1,82 @@
+"""The DeepLabv3+ head (Chen et al., ECCV 2018), compact: ASPP, low-level branch, decoder."""
+
+from typing import Annotated, Literal
+
+import torch
+from einops import reduce
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mgd.recipe import Positive, Section
+from mgd.registry import HEADS
+
+
+class DeepLabV3PlusConfig(Section):
+    """Keys of `[student.head]` for `deeplabv3plus`."""
+
+    name: Literal["deeplabv3plus"] = "deeplabv3plus"
+    channels: Positive = 256
+    """Width of ASPP and decoder."""
+    low_level_channels: Positive = 48
+    """Width of the stride-4 branch (the paper: 48, and 24 for MobileNetV2)."""
+    aspp_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (6, 12, 18)
+    """Dilations of the 3x3 ASPP branches."""
+    norm: Literal["batch", "group"] = "batch"
+    """`group` has no batch statistics: for batches of one or two images a process."""
+
+
+@HEADS.register("deeplabv3plus")
+class DeepLabV3PlusHead(nn.Module):
+    """Feature maps of the backbone to class logits and decoder features, at stride 4.
+
+    Args:
+        config: the recipe's `[student.head]`.
+        low_channels: channels of the stride-4 map.
+        high_channels: channels of the deepest map.
+        num_classes: K.
+    """
+
+    Config = DeepLabV3PlusConfig
+
+    def __init__(self, config: DeepLabV3PlusConfig, low_channels: int, high_channels: int, num_classes: int) -> None:
+        super().__init__()
+        width, low, norm = config.channels, config.low_level_channels, config.norm
+        self.aspp = nn.ModuleList([_conv(high_channels, width, 1, norm)])
+        self.aspp.extend(_conv(high_channels, width, 3, norm, dilation=rate) for rate in config.aspp_rates)
+        self.pooled = _conv(high_channels, width, 1, norm)
+        self.project = _conv(width * (len(self.aspp) + 1), width, 1, norm)
+        self.low_level = _conv(low_channels, low, 1, norm)
+        self.decoder = nn.Sequential(_conv(width + low, width, 3, norm), _conv(width, width, 3, norm))
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.features_channels = width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[B, K, H/4, W/4]` and decoder features `[B, C, H/4, W/4]`.
+
+        Args:
+            low: `[B, C1, H/4, W/4]`.
+            high: `[B, C2, H/s, W/s]`.
+        """
+        pooled = self.pooled(reduce(high, "b c h w -> b c 1 1", "mean"))
+        branches = [branch(high) for branch in self.aspp]
+        branches.append(pooled.expand_as(branches[0]))
+        context = self.project(torch.cat(branches, dim=1))
+        context = functional.interpolate(context, size=low.shape[-2:], mode="bilinear", align_corners=False)
+        features = self.decoder(torch.cat([context, self.low_level(low)], dim=1))
+        return self.classifier(features), features
+
+
+def _conv(inputs: int, outputs: int, kernel: int, norm: str, dilation: int = 1) -> nn.Sequential:
+    padding = dilation * (kernel // 2)
+    groups = next(g for g in (32, 16, 8, 4, 2, 1) if outputs % g == 0)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(groups, outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,149 @@
+"""The segmenter: plain pixels in, logits at input size out; saved as safetensors + config.json."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mgd.errors import UserError
+from mgd.models.backbones import build_backbone
+from mgd.recipe import ModelSection, parse_model
+from mgd.registry import HEADS
+
+FORMAT = 1
+
+
+class SegOutput(NamedTuple):
+    """Output of a segmenter."""
+
+    logits: Tensor
+    """`[B, K, H, W]` float32, at input size."""
+    features: Tensor
+    """`[B, C, H/4, W/4]`, the decoder map before the classifier."""
+
+
+class Segmenter(nn.Module):
+    """Backbone and head, with the normalisation of the backbone inside.
+
+    Teachers and students with different statistics therefore take the same batch of pixels.
+
+    Args:
+        section: the recipe's `[student]`.
+        classes: K class names.
+        colors: K (r, g, b) colours.
+        pretrained: load ImageNet weights into the backbone.
+    """
+
+    def __init__(
+        self,
+        section: ModelSection,
+        classes: Sequence[str],
+        colors: Sequence[tuple[int, int, int]],
+        pretrained: bool = False,
+    ) -> None:
+        super().__init__()
+        self.section, self.classes, self.colors = section, tuple(classes), tuple(map(tuple, colors))
+        self.backbone = build_backbone(section.backbone, section.output_stride, pretrained, section.multi_grid)
+        low, high = self.backbone.feature_info.channels()
+        self.head = HEADS.get(section.head.name)(section.head, low, high, len(self.classes))
+        cfg = self.backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(cfg["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(cfg["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, image: Tensor) -> SegOutput:
+        """Segment a batch.
+
+        Args:
+            image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
+        """
+        pixels = (image.to(self.mean.dtype) - self.mean) / self.std
+        low, high = self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+        logits, features = self.head(low, high)
+        logits = functional.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
+        return SegOutput(logits, features)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `model.safetensors` and `config.json` into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = {
+            "format": FORMAT,
+            "model": self.section.model_dump(mode="json") | {"pretrained": False},
+            "classes": list(self.classes),
+            "colors": [list(color) for color in self.colors],
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def build_segmenter(section: ModelSection, classes: Sequence[str], colors: Sequence, seed: int) -> Segmenter:
+    """Build a segmenter for training; `seed` draws whatever is not pretrained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Segmenter(section, classes, colors, pretrained=section.pretrained)
+    return model.to(memory_format=torch.channels_last)
+
+
+def load_segmenter(source: str | Path) -> Segmenter:
+    """Load a saved segmenter, every weight accounted for.
+
+    Args:
+        source: folder with `model.safetensors` and `config.json`, a run folder (its `model/`), or
+            a hub id ("org/name").
+
+    Raises:
+        UserError: nothing there, or weights that do not fit the configuration.
+    """
+    folder = find_model(source)
+    config = _read_config(folder / "config.json")
+    section = parse_model(config["model"], source=str(folder / "config.json"))
+    model = Segmenter(section, config["classes"], config["colors"])
+    try:
+        weights = load_file(folder / "model.safetensors")
+        model.load_state_dict(weights, strict=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise UserError(f"{folder}: the weights do not fit config.json: {detail[:300]}") from error
+    return model.to(memory_format=torch.channels_last)
+
+
+def find_model(source: str | Path) -> Path:
+    """Return the folder that holds `config.json`: `source`, its `model/`, or a hub snapshot."""
+    for folder in (Path(source), Path(source) / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    text = str(source)
+    if Path(source).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise UserError(f"{source}: no config.json there or in its model/; expected a run, a model folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "config.json", "recipe.toml"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__})"
+        ) from error
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    missing = [key for key in ("format", "model", "classes", "colors") if key not in config]
+    if missing or config["format"] != FORMAT:
+        raise UserError(
+            f"{path}: not a model of this version (format {config.get('format')!r}, ours {FORMAT}); "
+            "install the version of mgd that wrote it"
+        )
+    return config

@@ -1,0 +1,444 @@
+"""Recipes: one TOML file a run, one frozen model a section, checked whole before anything starts.
+
+`python -m mgd.recipe --schema` prints a JSON Schema for editors.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
+
+from mgd.errors import UserError, did_you_mean
+from mgd.registry import DATASETS, HEADS, METHODS
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every recipe section: frozen, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Run(Section):
+    """`[run]`: name, seed and bookkeeping."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._{}-]*$")]
+    """Folder of the run below `output`; `{seed}` in it stands for the seed."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Draws the partition, the initial weights, the order and augmentation of images, CutMix boxes."""
+    output: str = "runs"
+    """Folder that holds the runs, relative to the working directory."""
+    log_every: Positive = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: Positive = 200
+    """Steps between two resume points."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads a process; 0 shares out the cores this machine lets us use."""
+
+
+class DataSection(Section):
+    """Keys of `[data]` that every data set has; the readers in mgd/data/datasets.py add theirs."""
+
+    name: str
+    """Registered data set."""
+    image_scale: Annotated[float, Field(gt=0, le=4)] = 1.0
+    """Every image and mask is first resized by this factor (0.5 = half resolution)."""
+    crop: Annotated[int, Field(ge=32)] = 512
+    """Side of the square training crop, pixels."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (
+        0.5,
+        0.75,
+        1.0,
+        1.5,
+        1.75,
+        2.0,
+    )
+    """Random scale factors of the training augmentation."""
+    flip: bool = True
+    """Random horizontal flip."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Data loading processes a training process."""
+
+
+class Partition(Section):
+    """`[partition]`: which training images are labelled."""
+
+    protocol: Literal["random"] = "random"
+    """`random`: drawn by seed, the same on every machine."""
+    labeled: int | float | str
+    """How many labelled images: a count (23), a share (0.0625) or a fraction ("1/16")."""
+    balanced: bool = False
+    """Choose images so that every class is seen about as often (reads the masks of the pool)."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the draw; left out, the run's seed."""
+
+    @model_validator(mode="after")
+    def _labeled_in_range(self) -> "Partition":
+        labeled_amount(self.labeled, pool=1)
+        return self
+
+
+class ModelSection(Section):
+    """`[student]`: the network that this run trains (in a teacher's recipe: the teacher)."""
+
+    backbone: str
+    """Any timm backbone that returns feature maps."""
+    pretrained: bool = True
+    """Start from timm's ImageNet weights (fetched from the hub, or found in its cache)."""
+    output_stride: Literal[8, 16, 32] = 16
+    """Input pixels a cell of the deepest feature map."""
+    multi_grid: tuple[Positive, ...] = ()
+    """Dilations of the 3x3 convolutions in the blocks of a ResNet's last stage, e.g. [2, 4, 8]."""
+    head: SerializeAsAny[Section]
+    """Registered head by name, and its own keys."""
+
+
+class Teacher(Section):
+    """`[teachers.<name>]`: one frozen teacher, by the recipe that trains it or by its weights."""
+
+    recipe: str | None = None
+    """Recipe of the teacher; trained first when its run is not finished."""
+    checkpoint: str | None = None
+    """Folder with model.safetensors and config.json, or a hub id."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the teacher's run; left out, this run's. The partition is always this run's."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Teacher":
+        if (self.recipe is None) == (self.checkpoint is None):
+            raise ValueError("give either recipe or checkpoint")
+        return self
+
+
+class Optim(Section):
+    """`[optim]`: optimiser, schedule, batch and length."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimiser; weight decay spares norms and biases in both."""
+    lr: Annotated[float, Field(gt=0)]
+    """Learning rate at step 0; it decays as (1 - step / steps) ** power."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """SGD momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Not applied to norms and biases."""
+    power: Annotated[float, Field(ge=0)] = 0.9
+    """Exponent of the poly schedule."""
+    batch_size: Positive = 8
+    """Labelled images a step over all processes; as many mixed unlabelled ones come beside them."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length in passes over the larger of the labelled and unlabelled sets."""
+    steps: Positive | None = None
+    """Length in optimiser steps, instead of epochs."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Optim":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        return self
+
+
+class Eval(Section):
+    """`[eval]`: how val images are predicted, and what the result is compared with."""
+
+    mode: Literal["whole", "slide"] = "whole"
+    """Whole image at once, or a sliding window."""
+    crop: Annotated[int, Field(ge=32)] | None = None
+    """Side of the sliding window, pixels; left out, the training crop."""
+    stride: Share = 2 / 3
+    """Step of the window as a share of its side."""
+    batch_size: Positive = 8
+    """Images (or windows) predicted at once a process."""
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between two evaluations while training; 0 = only at the end."""
+    baselines: tuple[str, ...] = ()
+    """Recipes whose results stand beside ours in the last table; trained first when missing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One validated recipe; a component is handed its own section, never the whole."""
+
+    source: str
+    run: Run
+    data: DataSection
+    partition: Partition
+    student: ModelSection
+    method: Section
+    optim: Optim
+    eval: Eval = Eval()
+    teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run, with the seed filled in."""
+        return Path(self.run.output) / self.run.name.replace("{seed}", str(self.run.seed))
+
+    @property
+    def partition_seed(self) -> int:
+        """Seed that draws the labelled images."""
+        return self.run.seed if self.partition.seed is None else self.partition.seed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the resolved recipe as plain TOML values, defaults written out."""
+        tables = {name: getattr(self, name).model_dump(exclude_none=True) for name in _SECTIONS}
+        tables["partition"]["seed"] = self.partition_seed
+        teachers = {name: teacher.model_dump(exclude_none=True) for name, teacher in self.teachers.items()}
+        return _lists(tables | ({"teachers": teachers} if teachers else {}))
+
+    def to_toml(self) -> str:
+        """Return the resolved recipe as TOML text."""
+        return tomli_w.dumps(self.to_dict())
+
+
+_SECTIONS = ("run", "data", "partition", "student", "method", "optim", "eval")
+
+
+def labeled_amount(labeled: int | float | str, pool: int) -> int:
+    """Turn `partition.labeled` into a number of images.
+
+    Args:
+        labeled: count (int), share in (0, 1] (float) or fraction as text ("1/16").
+        pool: number of images that carry a mask.
+
+    Raises:
+        ValueError: not a positive count, a share outside (0, 1], or text that is no fraction.
+    """
+    share = labeled
+    if isinstance(labeled, str):
+        top, slash, bottom = labeled.partition("/")
+        if not (slash and top.isascii() and top.isdigit() and bottom.isascii() and bottom.isdigit() and int(bottom)):
+            raise ValueError(f'{labeled!r} is no fraction such as "1/16"')
+        share = int(top) / int(bottom)
+    elif isinstance(labeled, int):
+        if labeled < 1:
+            raise ValueError(f"{labeled} is no count of images; at least 1")
+        return labeled
+    if not 0 < share <= 1:
+        raise ValueError(f"{labeled!r} is no share; above 0 and at most 1.0")
+    return max(1, round(share * pool))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: TOML file.
+        overrides: `section.key=value` strings (`--set`), value in TOML; bare words are text.
+
+    Raises:
+        UserError: every mistake at once, a line each, with file, section, key and choices.
+    """
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(raw, override)
+    return parse(raw, source=str(path))
+
+
+def parse(raw: Mapping[str, Any], source: str) -> Recipe:
+    """Check the tables of a recipe; see `load` for the errors. `source` names it in messages."""
+    errors: list[str] = []
+    known = (*_SECTIONS, "teachers")
+    for name in raw.keys() - set(known):
+        errors.append(f"[{name}]: unknown section; {did_you_mean(name, known)}")
+    sections: dict[str, Any] = {}
+    for name in _SECTIONS:
+        model = _section_model(name, raw.get(name), errors)
+        if model is not None:
+            sections[name] = _validate(model, raw.get(name, {}), name, errors)
+    teachers = raw.get("teachers", {})
+    if isinstance(teachers, Mapping):
+        sections["teachers"] = {
+            name: _validate(Teacher, table, f"teachers.{name}", errors) for name, table in teachers.items()
+        }
+    else:
+        errors.append(f"[teachers]: must hold tables such as [teachers.deep], not {teachers!r}")
+    if not errors:
+        try:
+            METHODS.get(sections["method"].name).check(sections["method"], tuple(sections["teachers"]))
+        except UserError as error:
+            errors.append(f"[method] {error}")
+    if errors:
+        raise UserError("\n".join(f"{source}: {line}" for line in errors))
+    return Recipe(source=source, **sections)
+
+
+def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
+    """Check the `[student]` table alone, as a saved model's config.json holds it."""
+    errors: list[str] = []
+    model = _student_model(table, errors)
+    section = None if model is None else _validate(model, table, "student", errors)
+    if errors:
+        raise UserError("\n".join(f"{source}: {line}" for line in errors))
+    return section
+
+
+def _section_model(name: str, table: Any, errors: list[str]) -> type[Section] | None:
+    """Return the model of a section: fixed, or chosen by the name that its table gives."""
+    if name == "student":
+        return _student_model(table, errors)
+    if name in ("data", "method"):
+        registry = {"data": DATASETS, "method": METHODS}[name]
+        entry = _plugin(registry, table, name, errors)
+        return entry if entry is None or name == "data" else entry.Config
+    return {"run": Run, "partition": Partition, "optim": Optim, "eval": Eval}[name]
+
+
+def _student_model(table: Any, errors: list[str]) -> type[Section] | None:
+    if not isinstance(table, Mapping):
+        return ModelSection
+    if "head" not in table:
+        errors.append(f"[student.head]: missing; give name = one of {', '.join(HEADS.names())}")
+        return None
+    head = _plugin(HEADS, table["head"], "student.head", errors)
+    return None if head is None else create_model("Student", __base__=ModelSection, head=(head.Config, ...))
+
+
+def _plugin(registry: Any, table: Any, where: str, errors: list[str]) -> Any:
+    name = table.get("name") if isinstance(table, Mapping) else None
+    if not isinstance(name, str):
+        errors.append(f"[{where}] name: missing; choices: {', '.join(registry.names())}")
+        return None
+    try:
+        return registry.get(name)
+    except UserError as error:
+        errors.append(f"[{where}] name: {error}")
+        return None
+
+
+def _validate(model: type[Section], table: Any, where: str, errors: list[str]) -> Section | None:
+    if not isinstance(table, Mapping):
+        errors.append(f"[{where}]: must be a table, not {table!r}")
+        return None
+    try:
+        return model.model_validate(_tuples(table))
+    except ValidationError as error:
+        errors.extend(dict.fromkeys(_line(model, detail, where) for detail in error.errors(include_url=False)))
+        return None
+
+
+def _line(model: type[BaseModel], detail: Mapping[str, Any], where: str) -> str:
+    """Word one pydantic error as `[section] key: what is wrong; the choices`."""
+    location = [part for part in detail["loc"] if isinstance(part, str)]
+    names, section, fields = [], where, model.model_fields
+    for part in location:
+        if part not in fields and detail["type"] != "extra_forbidden":
+            break  # the rest of the location is the member of a union that was tried
+        names.append(part)
+        inner = fields[part].annotation if part in fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            section, names, fields = f"{section}.{part}", [], inner.model_fields
+    key = f" {'.'.join(names)}" if names else ""
+    if detail["type"] == "extra_forbidden":
+        return f"[{section}]{key}: unknown key; {did_you_mean(names[-1], fields)}"
+    if detail["type"] == "missing":
+        return f"[{section}]{key or ' ' + location[-1]}: missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if detail["type"] == "literal_error":
+        choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        message = f"is not a choice; {did_you_mean(detail['input'], choices)}"
+    return f"[{section}]{key} = {_shown(detail['input'])}: {message}" if names else f"[{section}]: {message}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(_lists(value), default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or len(parts) < 2 or not all(parts):
+        raise UserError(f"--set {override}: expected section.key=value, e.g. --set optim.lr=0.01")
+    try:
+        parsed = tomllib.loads(f"value = {text.strip()}")
+        value = parsed["value"] if len(parsed) == 1 else text
+    except (tomllib.TOMLDecodeError, RecursionError):
+        value = text
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {part} is a value, not a table")
+    table[parts[-1]] = value
+
+
+def _similar_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist"
+    names = sorted(file.name for file in path.parent.glob("*.toml"))
+    return f"; {did_you_mean(path.name, names[:20])}" if names else ""
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of TOML as tuples, which frozen models hold."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON Schema of a recipe file, the built-in data sets, heads and methods included."""
+
+    def choice(models: list[type[Section]]) -> Any:
+        union = models[0]
+        for model in models[1:]:
+            union = union | model
+        return union
+
+    heads = choice([HEADS.get(name).Config for name in HEADS.names()])
+    model = create_model(
+        "Recipe",
+        __config__=ConfigDict(extra="forbid"),
+        run=(Run, ...),
+        data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
+        partition=(Partition, ...),
+        student=(create_model("Student", __base__=ModelSection, head=(heads, ...)), ...),
+        method=(choice([METHODS.get(name).Config for name in METHODS.names()]), ...),
+        optim=(Optim, ...),
+        eval=(Eval, Eval()),
+        teachers=(dict[str, Teacher], {}),
+    )
+    return model.model_json_schema()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the JSON Schema, or check the recipes that are named."""
+    parser = argparse.ArgumentParser(prog="python -m mgd.recipe", description="Check recipes, or print their schema.")
+    parser.add_argument("recipes", nargs="*", help="recipes to check")
+    parser.add_argument("--schema", action="store_true", help="print a JSON Schema for editors")
+    args = parser.parse_args(argv)
+    if args.schema:
+        print(json.dumps(json_schema(), indent=2))
+    for name in args.recipes:
+        try:
+            load(name)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        print(f"{name}: ok")
+
+
+if __name__ == "__main__":
+    main()

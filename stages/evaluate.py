@@ -1,0 +1,53 @@
+"""Evaluate a run, a model folder or a hub model: mIoU and the per-class table.
+
+accelerate launch stages/evaluate.py --model runs/quickstart-s0
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+from mgd import cli  # noqa: E402
+from mgd.data.loaders import Images  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.experiment import check_teachers, evaluate_network  # noqa: E402
+from mgd.models.segmenter import find_model, load_segmenter  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+
+
+def main() -> None:
+    """Evaluate one model on the val images of a recipe."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
+    flags.add_argument("--recipe", help="recipe whose val images are used; left out, the model's own")
+    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
+    flags.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    args = flags.parse_args()
+
+    folder = find_model(args.model)
+    source = args.recipe or folder / "recipe.toml"
+    if not args.recipe and not source.exists():
+        raise UserError(f"{folder} has no recipe.toml; name the data with --recipe")
+    recipe = load(source, args.set)
+    accelerator = cli.start(recipe)
+    network = load_segmenter(folder).to(accelerator.device)
+    splits = recipe.data.load()
+    check_teachers(splits, {"model": network})
+    images = Images(splits.val, splits.decoder, recipe.data.image_scale)
+    result = evaluate_network(network, images, recipe, accelerator)
+
+    rows = [{"class": name, "IoU %": iou} for name, iou in zip(splits.classes, result.iou, strict=True)]
+    absent = [name for name, iou in zip(splits.classes, result.iou, strict=True) if iou != iou]
+    rows += [{"class": "mean", "IoU %": result.miou}, {"class": "pixel accuracy", "IoU %": result.pixel_accuracy}]
+    cli.print_table(accelerator, rows, args.json)
+    if absent:
+        accelerator.print(f"neither labelled nor predicted, left out of the mean: {', '.join(absent)}")
+    accelerator.print(f"{len(images)} val images, {recipe.eval.mode}, image_scale {recipe.data.image_scale}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

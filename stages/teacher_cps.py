@@ -1,0 +1,31 @@
+"""Train a network without teachers: cps | supervised. Teachers, and baselines of students.
+
+accelerate launch stages/teacher_cps.py --recipe recipes/quickstart_deep.toml
+"""
+
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+from mgd import cli  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.experiment import run_recipe  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+
+
+def main() -> None:
+    """Train and evaluate one recipe."""
+    args = cli.parser(__doc__.splitlines()[0]).parse_args()
+    recipe = load(args.recipe, args.set)
+    if recipe.teachers:
+        raise UserError(f"{args.recipe}: has [teachers]; its stage is stages/distill.py")
+    accelerator = cli.start(recipe)
+    metrics = run_recipe(recipe, accelerator, restart=args.restart)
+    cli.print_table(accelerator, [cli.result_row(metrics)], args.json)
+
+
+if __name__ == "__main__":
+    cli.run(main)
