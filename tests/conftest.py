@@ -1,0 +1,81 @@
+"""Shared fixtures: a tiny recipe, and the stages started as a user starts them."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TINY = {
+    "run": {"name": "tiny", "threads": 1, "log_every": 1, "checkpoint_every": 2},
+    "data": {
+        "name": "shapes",
+        "num_train": 12,
+        "num_val": 5,
+        "size": 48,
+        "crop": 32,
+        "scales": [0.75, 1.0, 1.5],
+        "workers": 0,
+    },
+    "partition": {"labeled": 4},
+    "student": {
+        "backbone": "test_resnet",
+        "pretrained": False,
+        "output_stride": 16,
+        "head": {"name": "deeplabv3plus", "channels": 16, "low_level_channels": 8, "aspp_rates": [1, 2]},
+    },
+    "method": {"name": "supervised"},
+    "optim": {"lr": 0.01, "batch_size": 4, "steps": 4},
+}
+
+
+def merged(base: dict, changes: dict) -> dict:
+    """Return `base` with nested `changes` laid over it."""
+    result = dict(base)
+    for key, value in changes.items():
+        both_tables = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both_tables else value
+    return result
+
+
+@pytest.fixture
+def write_recipe(tmp_path):
+    """Write a tiny recipe with changes; return its path. Runs go below tmp_path/runs."""
+
+    def write(file: str = "tiny.toml", **changes) -> Path:
+        table = merged(merged(TINY, {"run": {"output": str(tmp_path / "runs")}}), changes)
+        path = tmp_path / file
+        path.write_text(tomli_w.dumps(table))
+        return path
+
+    return write
+
+
+def stage_command(stage: str, *args: object, launcher: tuple[str, ...] = ()) -> list[str]:
+    """Return the command line of a stage."""
+    return [*(launcher or (sys.executable,)), str(ROOT / "stages" / stage), *map(str, args)]
+
+
+def run_stage(stage: str, *args: object, launcher: tuple[str, ...] = (), cwd=None, env=None):
+    """Run a stage to its end; returns the completed process with its output as text."""
+    return subprocess.run(
+        stage_command(stage, *args, launcher=launcher),
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        timeout=280,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _single_thread():
+    torch.set_num_threads(1)

@@ -1,0 +1,98 @@
+"""Each loss against hand-worked values and against a plain, slow float64 restatement of its equation."""
+
+import math
+
+import pytest
+import torch
+
+from mgd.losses import mgd
+
+torch.manual_seed(0)
+
+
+def test_pixel_level_by_hand():
+    student = torch.zeros(1, 2, 1, 1)  # 1:1, so log 2 against any hard label
+    teacher = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
+    assert mgd.pixel_level(student, [teacher]).item() == pytest.approx(math.log(2))
+    assert mgd.pixel_level(student, [teacher, -teacher]).item() == pytest.approx(2 * math.log(2))
+
+
+def test_pixel_level_equation_2():
+    student, *teachers = torch.randn(3, 2, 4, 3, 5, dtype=torch.float64)
+    expected = 0.0
+    for teacher in teachers:
+        for b in range(2):
+            for y in range(3):
+                for x in range(5):
+                    hard = teacher[b, :, y, x].argmax()
+                    expected -= student[b, :, y, x].log_softmax(0)[hard].item() / (2 * 3 * 5)
+    assert mgd.pixel_level(student, teachers).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_image_level_by_hand():
+    student = torch.tensor([[1.0, 3.0], [0.0, 0.0]]).view(1, 2, 1, 2)  # class means 2, 0
+    teacher = torch.tensor([[0.0, 0.0], [5.0, 1.0]]).view(1, 2, 1, 2)  # class means 0, 3
+    assert mgd.image_level(student, teacher, "mean").item() == pytest.approx((2 + 3) / 2)
+    assert mgd.image_level(student, teacher, "sum").item() == pytest.approx(5)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_image_level_equations_3_4(reduction):
+    student, teacher = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
+    terms = [
+        abs(sum(student[b, k].flatten().tolist()) - sum(teacher[b, k].flatten().tolist())) / 30
+        for b in range(3) for k in range(4)
+    ]
+    expected = sum(terms) / (len(terms) if reduction == "mean" else 1)
+    assert mgd.image_level(student, teacher, reduction).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_image_level_refuses_other_reductions():
+    with pytest.raises(ValueError, match="reduction = 'max'; choices: mean, sum"):
+        mgd.image_level(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1), "max")
+
+
+def test_self_correlation_by_hand():
+    features = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(1, 2, 1, 2)  # vectors (1, 0) and (0, 2)
+    features = features.expand(1, 2, 2, 2)
+    expected = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 0, 1, 0], [0, 1, 0, 1]])
+    assert torch.allclose(mgd.self_correlation(features, grid=2)[0], expected)
+
+
+@pytest.mark.parametrize("grid", [3, 7])
+def test_region_level_equations_5_6(grid):
+    student = torch.randn(2, 6, 14, 14).double()
+    teacher = torch.randn(2, 9, 21, 17).double()
+
+    def correlation(features):
+        height, width = features.shape[-2:]
+        vectors = []
+        for i in range(grid):
+            for j in range(grid):
+                rows = slice(i * height // grid, math.ceil((i + 1) * height / grid))
+                columns = slice(j * width // grid, math.ceil((j + 1) * width / grid))
+                vectors.append(features[:, rows, columns].mean(dim=(1, 2)))
+        return [[(a @ b / a.norm() / b.norm()).item() for b in vectors] for a in vectors]
+
+    total = 0.0
+    for b in range(2):
+        first, second = correlation(student[b]), correlation(teacher[b])
+        total += sum(
+            (first[i][j] - second[i][j]) ** 2 for i in range(grid**2) for j in range(grid**2)
+        ) / grid**4
+    assert mgd.region_level(student, teacher, grid).item() == pytest.approx(total / 2, rel=1e-5)
+
+
+def test_no_gradient_into_the_teacher_and_a_right_one_into_the_student():
+    student = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    total = (
+        mgd.pixel_level(student, [teacher])
+        + mgd.image_level(student, teacher, "sum")
+        + mgd.region_level(student, teacher, grid=2)
+    )
+    total.backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+    fixed = teacher.detach()
+    assert torch.autograd.gradcheck(lambda x: mgd.image_level(x, fixed, "mean"), student)
+    assert torch.autograd.gradcheck(lambda x: mgd.pixel_level(x, [fixed]), student)

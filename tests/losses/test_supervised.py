@@ -1,0 +1,38 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from mgd.losses.supervised import cross_entropy
+
+
+def test_hand_worked_value():
+    logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]]).view(1, 2, 1, 2)  # pixel 0: 1:1, pixel 1: 3:1
+    label = torch.tensor([[[1, 0]]])
+    assert cross_entropy(logits, label).item() == pytest.approx((math.log(2) + math.log(4 / 3)) / 2)
+
+
+def test_ignored_pixels_do_not_count():
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randint(5, (2, 4, 3))
+    label[0, 0] = 255
+    plain = -torch.stack([
+        logits[b, :, y, x].log_softmax(0)[label[b, y, x]]
+        for b in range(2) for y in range(4) for x in range(3) if label[b, y, x] != 255
+    ]).mean()
+    assert torch.allclose(cross_entropy(logits, label), plain, rtol=1e-12)
+    assert torch.allclose(plain, functional.cross_entropy(logits, label, ignore_index=255))
+
+
+def test_nothing_but_ignore_is_zero_with_zero_gradient():
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    loss = cross_entropy(logits, torch.full((1, 2, 2), 255))
+    loss.backward()
+    assert loss.item() == 0 and not logits.grad.any()
+
+
+def test_gradient():
+    logits = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    label = torch.tensor([[[0, 255], [2, 1]]])
+    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, label), logits)

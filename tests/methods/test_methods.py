@@ -1,0 +1,118 @@
+"""A step of each method against a plain restatement with separate forwards."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from mgd.methods.cps import CPS, CPSConfig
+from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm
+from mgd.models.segmenter import SegOutput
+
+
+class Toy(nn.Module):
+    """A float64 segmenter; with `norm` it has BatchNorm statistics that could drift."""
+
+    def __init__(self, seed, channels=6, norm=False):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Conv2d(3, channels, 3, padding=1, stride=2).double()
+        self.norm = nn.BatchNorm2d(channels).double() if norm else nn.Identity()
+        self.classifier = nn.Conv2d(channels, 4, 1).double()
+
+    def forward(self, image):
+        features = self.norm(self.body(image.double() / 255)).tanh()
+        logits = functional.interpolate(self.classifier(features), size=image.shape[-2:], mode="bilinear")
+        return SegOutput(logits, features)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    pixels = torch.randint(256, (3, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    label = torch.randint(4, (2, 16, 16), generator=generator)
+    label[0, :3] = 255
+    mask = torch.rand(2, 1, 16, 16, generator=generator) < 0.4
+    return {"image": pixels[0], "label": label, "unlabeled": pixels[1], "mix": pixels[2], "mask": mask}
+
+
+def _mixed(batch, first, second):
+    return torch.where(batch["mask"], second, first)
+
+
+def test_mgd_is_equation_7(batch):
+    student, deep, wide = Toy(0), Toy(1, channels=9), Toy(2, channels=12)
+    config = MGDConfig(
+        pixel=PixelTerm(teachers=("deep", "wide"), weight=0.7),
+        image=ImageTerm(teachers=("deep",), weight=0.02, reduction="sum"),
+        region=RegionTerm(teachers=("wide",), weight=30.0, grid=3),
+    )
+    out = MGD(config, [student], {"deep": deep, "wide": wide}).step(batch, 0)
+
+    image = _mixed(batch, batch["unlabeled"], batch["mix"])
+    labeled, mixed = student(batch["image"]), student(image)
+    expected = functional.cross_entropy(labeled.logits, batch["label"], ignore_index=255)
+    for teacher in (deep, wide):
+        pseudo = _mixed(batch, teacher(batch["unlabeled"]).logits, teacher(batch["mix"]).logits).argmax(1)
+        expected = expected + 0.7 * functional.cross_entropy(labeled.logits, teacher(batch["image"]).logits.argmax(1))
+        expected = expected + 0.7 * functional.cross_entropy(mixed.logits, pseudo)
+    pooled = (mixed.logits.mean((2, 3)) - deep(image).logits.mean((2, 3))).abs().sum()
+
+    def correlation(features):
+        vectors = functional.adaptive_avg_pool2d(features, 3).flatten(2).transpose(1, 2)
+        return functional.cosine_similarity(vectors[:, :, None], vectors[:, None], dim=-1)
+
+    region = ((correlation(mixed.features) - correlation(wide(image).features)) ** 2).mean()
+    expected = expected + 0.02 * pooled + 30.0 * region
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert set(out.log) == {
+        "loss_supervised", "loss_pixel_labeled", "loss_pixel_unlabeled", "loss_image", "loss_region"
+    }
+    first = torch.autograd.grad(out.loss, student.parameters())
+    second = torch.autograd.grad(expected, student.parameters())
+    for mine, plain in zip(first, second, strict=True):
+        assert torch.allclose(mine, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_mgd_runs_a_teacher_only_on_what_its_terms_need(batch):
+    sizes = {}
+
+    class Counting(Toy):
+        def forward(self, image):
+            sizes[self.name] = image.shape[0]
+            return super().forward(image)
+
+    teachers = {"deep": Counting(1), "wide": Counting(2)}
+    for name, teacher in teachers.items():
+        teacher.name = name
+    config = MGDConfig(
+        pixel=PixelTerm(teachers=("deep",), on=("unlabeled",)), image=ImageTerm(), region=RegionTerm(teachers=("wide",))
+    )
+    out = MGD(config, [Toy(0)], teachers).step(batch, 0)
+    assert sizes == {"deep": 4, "wide": 2}
+    assert set(out.log) == {"loss_supervised", "loss_pixel_unlabeled", "loss_region"}
+
+
+def test_teachers_stay_frozen(batch):
+    teacher, student = Toy(1, norm=True), Toy(0, norm=True)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    config = MGDConfig(pixel=PixelTerm(teachers=("deep",)))
+    method = MGD(config, [student], {"deep": teacher})
+    for network in method.networks:
+        network.train()
+    method.step(batch, 0).loss.backward()
+    assert not teacher.training and all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert student.norm.num_batches_tracked == 1
+
+
+def test_cps_step(batch):
+    first, second = Toy(0), Toy(1)
+    out = CPS(CPSConfig(weight=1.5), [first, second]).step(batch, 0)
+    image = _mixed(batch, batch["unlabeled"], batch["mix"])
+    expected = 0.0
+    for network, other in ((first, second), (second, first)):
+        pseudo = _mixed(batch, other(batch["unlabeled"]).logits, other(batch["mix"]).logits).argmax(1)
+        expected += functional.cross_entropy(network(batch["image"]).logits, batch["label"], ignore_index=255).item()
+        expected += 1.5 * functional.cross_entropy(network(image).logits, pseudo).item()
+    assert out.loss.item() == pytest.approx(expected, rel=1e-10)

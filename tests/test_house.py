@@ -1,0 +1,73 @@
+"""Imports run one way; see the README's map of the code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BASE = {"mgd.errors"}
+PLUGIN = BASE | {"mgd.registry", "mgd.recipe"}
+ALLOWED = {  # module prefix -> what of ours it may import
+    "mgd.errors": set(),
+    "mgd.registry": BASE,
+    "mgd.recipe": PLUGIN,
+    "mgd.losses": {"mgd.losses"},
+    "mgd.data": PLUGIN | {"mgd.data"},
+    "mgd.models": PLUGIN | {"mgd.models"},
+    "mgd.methods": PLUGIN | {"mgd.methods", "mgd.losses", "mgd.data.cutmix"},
+}
+
+
+def _modules():
+    return sorted([*(ROOT / "mgd").rglob("*.py"), *(ROOT / "stages").glob("*.py")])
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    imports = _imports(path)
+    assert not {name for name in imports if name.split(".")[0] in ("stages", "pickle", "dill", "joblib")}
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    rule = next((prefix for prefix in ALLOWED if module == prefix or module.startswith(prefix + ".")), None)
+    if rule is None:
+        return
+    ours = {name for name in imports if name.startswith("mgd.")}
+    allowed = ALLOWED[rule]
+    strangers = {n for n in ours if not any(n == a or n.startswith(a + ".") for a in allowed)}
+    strangers -= {a.rpartition(".")[0] for a in ours}  # `from mgd.losses import mgd` also lists its package
+    assert not strangers, f"{module} imports {strangers}"
+    if rule == "mgd.losses":
+        outside = {name.split(".")[0] for name in imports} - {"mgd"} - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "einops"}
+
+
+def test_nothing_but_the_plan_at_top_level():
+    tracked = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {name.split("/")[0] for name in tracked.stdout.split()}
+    expected = {"stages", "mgd", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE"}
+    assert {name for name in top if not name.startswith(".")} <= expected
+
+
+def test_stages_share_their_opening_lines():
+    openings = set()
+    for path in (ROOT / "stages").glob("*.py"):
+        lines = path.read_text().splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("sys.path[:]"))
+        openings.add("\n".join(lines[start - 1 : start + 2]))
+        assert lines[-2:] == ['if __name__ == "__main__":', "    cli.run(main)"]
+    assert len(openings) == 1

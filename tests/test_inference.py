@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch import nn
+
+from mgd.inference import _starts, predict_logits
+from mgd.models.segmenter import SegOutput
+from mgd.recipe import Eval
+
+
+class PixelWise(nn.Module):
+    """Logits that depend on the pixel alone: any tiling must give the whole-image result."""
+
+    def forward(self, image):
+        return SegOutput(torch.stack([image[:, 0].float(), image[:, 1] * 2.0], dim=1), None)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (97, 33), (20, 100), (10, 12), (64, 64)])
+def test_windows_cover_every_size(size):
+    image = torch.randint(256, (2, 3, *size), dtype=torch.uint8)
+    whole = predict_logits(PixelWise(), image, Eval(mode="whole"), 32)
+    tiled = predict_logits(PixelWise(), image, Eval(mode="slide"), 32)
+    assert torch.allclose(whole, tiled, atol=1e-4)
+
+
+def test_windows_are_the_crop_at_two_thirds_stride():
+    assert _starts(800, 800, 2 / 3) == [0]
+    assert _starts(1024, 800, 2 / 3) == [0, 224]
+    assert _starts(2048, 800, 2 / 3) == [0, 533, 1067, 1248]
+
+
+def test_one_window_is_the_whole_image():
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 4, 5, padding=2)
+
+    class Context(nn.Module):
+        def forward(self, image):
+            return SegOutput(network(image.float()), None)
+
+    image = torch.randint(256, (1, 3, 30, 40), dtype=torch.uint8)
+    whole = predict_logits(Context(), image, Eval(mode="whole"), 32)
+    assert torch.equal(whole, predict_logits(Context(), image, Eval(mode="slide", crop=64), 32))
+    assert not torch.allclose(whole, predict_logits(Context(), image, Eval(mode="slide"), 32), atol=1e-3)

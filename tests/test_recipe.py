@@ -1,0 +1,106 @@
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from conftest import ROOT
+
+from mgd.errors import UserError
+from mgd.recipe import json_schema, labeled_amount, load
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_loads_and_opens_with_its_command(path):
+    recipe = load(path)
+    first = path.read_text().splitlines()[0]
+    stage = "distill" if recipe.teachers else "teacher_cps"
+    assert first == f"# accelerate launch stages/{stage}.py --recipe {path.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("optim.momentun=0.9", "[optim] momentun: unknown key; did you mean 'momentum'"),
+        ("optin.lr=0.1", "[optin]: unknown section; did you mean 'optim'"),
+        ("optim.lr=-1", "[optim] lr = -1: should be greater than 0"),
+        ('optim.lr="fast"', '[optim] lr = "fast": should be a valid number'),
+        ("optim.lr=nan", "[optim] lr = NaN: should be a finite number"),
+        ("optim.batch_size=true", "[optim] batch_size = true: should be a valid integer"),
+        ("optim.name=sdg", "[optim] name = \"sdg\": is not a choice; did you mean 'sgd'"),
+        ("optim.epochs=3", "[optim]: give either epochs or steps"),
+        ("student.output_stride=12", "[student] output_stride = 12: is not a choice"),
+        ("student.head.chanels=3", "[student.head] chanels: unknown key; did you mean 'channels'"),
+        ("student.head.name=deeplab", "[student.head] name: unknown head 'deeplab'; did you mean 'deeplabv3plus'"),
+        ("method.name=suprvised", "[method] name: unknown method 'suprvised'; did you mean 'supervised'"),
+        ("method.weight=1", "[method] weight: unknown key"),
+        ("data.name=camvit", "[data] name: unknown data set 'camvit'; did you mean 'camvid'"),
+        ("data.name=camvid", "[data] root: missing"),
+        ("data.scales=[1.0, 0.0]", "[data] scales = 0.0: should be greater than 0"),
+        ("data.scales=[]", "[data] scales = []: "),
+        ("partition.labeled=1/0", "[partition]: '1/0' is no fraction"),
+        ("partition.labeled=0", "[partition]: 0 is no count"),
+        ("partition.labeled=1.5", "[partition]: 1.5 is no share"),
+        ("run.name=../../etc", '[run] name = "../../etc": '),
+        ("method.name=mgd", "[method] name = 'mgd' needs at least one [teachers.<name>]"),
+        ("teachers.deep=3", "[teachers.deep]: must be a table"),
+        ("student=3", "--set student=3: expected section.key=value"),
+        ("student.backbone.x=3", "--set student.backbone.x=3: backbone is a value, not a table"),
+    ],
+)
+def test_one_clear_line_a_mistake(write_recipe, change, expected):
+    path = write_recipe()
+    with pytest.raises(UserError) as error:
+        load(path, [change])
+    lines = str(error.value).splitlines()
+    assert any(expected in line for line in lines), lines
+    if not expected.startswith("--set"):
+        assert all(line.startswith(f"{path}: [") for line in lines)
+
+
+def test_all_mistakes_at_once(write_recipe):
+    with pytest.raises(UserError) as error:
+        load(write_recipe(), ["optim.lr=0", "run.seed=-1", "eval.mode=tile"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_mgd_terms_must_name_the_teachers(write_recipe):
+    path = write_recipe(method={"name": "mgd", "pixel": {"teachers": ["deep"]}}, teachers={"deep": {"recipe": "x"}})
+    assert load(path).method.image.weight == 0.002
+    with pytest.raises(UserError, match="image.teachers = 'deap': no such teacher; did you mean 'deep'"):
+        load(path, ['method.image.teachers=["deap"]'])
+    with pytest.raises(UserError, match="no term uses the teacher 'wide'"):
+        load(path, ["teachers.wide.recipe=y"])
+    with pytest.raises(UserError, match=r"\[teachers.deep\]: give either recipe or checkpoint"):
+        load(path, ["teachers.deep.checkpoint=y"])
+
+
+def test_missing_and_broken_files(tmp_path, write_recipe):
+    write_recipe("voc_r18.toml")
+    with pytest.raises(UserError, match=r"voc_r19.toml: cannot be read.*did you mean 'voc_r18.toml'"):
+        load(tmp_path / "voc_r19.toml")
+    (tmp_path / "broken.toml").write_text("[run\n")
+    with pytest.raises(UserError, match="broken.toml: not valid TOML"):
+        load(tmp_path / "broken.toml")
+
+
+def test_resolved_recipe_reads_back_the_same(write_recipe, tmp_path):
+    recipe = load(write_recipe(), ["run.seed=3", "student.backbone=resnet18d"])
+    assert recipe.run.seed == 3 and recipe.student.backbone == "resnet18d"
+    again = tmp_path / "again.toml"
+    again.write_text(recipe.to_toml())
+    assert load(again).to_dict() == recipe.to_dict() == tomllib.loads(recipe.to_toml())
+    assert recipe.to_dict()["partition"]["seed"] == 3
+
+
+def test_labeled_amount():
+    assert [labeled_amount(share, 367) for share in ("1/32", "1/16", "1/8", "1/4", 1.0)] == [11, 23, 46, 92, 367]
+    assert labeled_amount(5, 367) == 5 and labeled_amount(0.001, 367) == 1
+
+
+def test_schema_for_editors():
+    done = subprocess.run([sys.executable, "-m", "mgd.recipe", "--schema"], capture_output=True, text=True)
+    schema = json.loads(done.stdout)
+    assert schema == json.loads(json.dumps(json_schema()))
+    assert {"run", "data", "partition", "student", "method", "optim"} <= set(schema["required"])
+    assert "MGDConfig" in schema["$defs"] and "description" in schema["$defs"]["Optim"]["properties"]["lr"]

@@ -1,0 +1,40 @@
+import importlib.metadata
+
+import pytest
+
+from mgd.errors import UserError
+from mgd.registry import METHODS, Registry
+
+
+def test_duplicate_name_raises():
+    registry = Registry("thing", "mgd.things", [])
+    registry.register("a")(int)
+    with pytest.raises(ValueError, match="'a' is registered twice"):
+        registry.register("a")(str)
+
+
+def test_unknown_name_gives_the_closest_and_all():
+    with pytest.raises(UserError, match="unknown method 'mgdd'; did you mean 'mgd'.*choices: .*supervised"):
+        METHODS.get("mgdd")
+
+
+def _entry_point(monkeypatch, value):
+    point = importlib.metadata.EntryPoint(name="extra", value=value, group="mgd.things")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == "mgd.things" else [])
+
+
+def test_plugin_from_an_entry_point(monkeypatch, tmp_path):
+    (tmp_path / "my_plugin.py").write_text("import tests_registry_probe as p\np.registry.register('extra')(dict)\n")
+    registry = Registry("thing", "mgd.things", [])
+    probe = type(importlib)("tests_registry_probe")
+    probe.registry = registry
+    monkeypatch.setitem(__import__("sys").modules, "tests_registry_probe", probe)
+    monkeypatch.syspath_prepend(tmp_path)
+    _entry_point(monkeypatch, "my_plugin")
+    assert registry.get("extra") is dict
+
+
+def test_plugin_that_fails_to_import_is_named(monkeypatch):
+    _entry_point(monkeypatch, "no_such_module_here")
+    with pytest.raises(UserError, match="plug-in 'extra' .*no_such_module_here.* fails to import"):
+        Registry("thing", "mgd.things", []).get("extra")
