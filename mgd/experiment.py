@@ -58,10 +58,6 @@ def run_recipe(
     splits = recipe.data.load()
     partition = split_data(recipe, splits)
     check_teachers(splits, teachers or {})
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            open_folder(recipe, partition, restart)
-
     method_class = METHODS.get(recipe.method.name)
     seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
@@ -72,6 +68,9 @@ def run_recipe(
     pairs = _training_pairs(recipe, splits, partition, method_class.uses_unlabeled)
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)
     num_steps = total_steps(recipe.optim, len(partition.labeled), len(partition.unlabeled))
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            open_folder(recipe, partition, restart)
     accelerator.print(
         f"{folder}: {recipe.method.name} {recipe.student.backbone}, {len(partition.labeled)} labelled / "
         f"{len(partition.unlabeled)} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "

@@ -33,13 +33,14 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         return None
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{folder / 'recipe.toml'} cannot be read: {error}; --restart starts over") from error
+    path = folder / "metrics.json"
+    something_to_lose = path.exists() or (folder / "checkpoint").exists()
     differences = _differences(there, recipe.to_dict())
-    if differences:
+    if differences and something_to_lose:
         raise UserError(
             f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another "
             f"name (--set run.name=...), or start over with --restart"
         )
-    path = folder / "metrics.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

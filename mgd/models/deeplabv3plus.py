@@ -74,7 +74,8 @@ class DeepLabV3PlusHead(nn.Module):
 
 def _conv(inputs: int, outputs: int, kernel: int, norm: str, dilation: int = 1) -> nn.Sequential:
     padding = dilation * (kernel // 2)
-    groups = next(g for g in (32, 16, 8, 4, 2, 1) if outputs % g == 0)
+    # At least 8 channels a group: the pooled branch is 1x1, and one value cannot be normalised.
+    groups = next((g for g in (32, 16, 8, 4, 2) if outputs % g == 0 and outputs // g >= 8), 1)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
         nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(groups, outputs),

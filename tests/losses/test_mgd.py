@@ -41,7 +41,8 @@ def test_image_level_equations_3_4(reduction):
     student, teacher = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     terms = [
         abs(sum(student[b, k].flatten().tolist()) - sum(teacher[b, k].flatten().tolist())) / 30
-        for b in range(3) for k in range(4)
+        for b in range(3)
+        for k in range(4)
     ]
     expected = sum(terms) / (len(terms) if reduction == "mean" else 1)
     assert mgd.image_level(student, teacher, reduction).item() == pytest.approx(expected, rel=1e-12)
@@ -77,9 +78,7 @@ def test_region_level_equations_5_6(grid):
     total = 0.0
     for b in range(2):
         first, second = correlation(student[b]), correlation(teacher[b])
-        total += sum(
-            (first[i][j] - second[i][j]) ** 2 for i in range(grid**2) for j in range(grid**2)
-        ) / grid**4
+        total += sum((first[i][j] - second[i][j]) ** 2 for i in range(grid**2) for j in range(grid**2)) / grid**4
     assert mgd.region_level(student, teacher, grid).item() == pytest.approx(total / 2, rel=1e-5)
 
 

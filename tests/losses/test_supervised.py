@@ -17,10 +17,15 @@ def test_ignored_pixels_do_not_count():
     torch.manual_seed(0)
     logits, label = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randint(5, (2, 4, 3))
     label[0, 0] = 255
-    plain = -torch.stack([
-        logits[b, :, y, x].log_softmax(0)[label[b, y, x]]
-        for b in range(2) for y in range(4) for x in range(3) if label[b, y, x] != 255
-    ]).mean()
+    plain = -torch.stack(
+        [
+            logits[b, :, y, x].log_softmax(0)[label[b, y, x]]
+            for b in range(2)
+            for y in range(4)
+            for x in range(3)
+            if label[b, y, x] != 255
+        ]
+    ).mean()
     assert torch.allclose(cross_entropy(logits, label), plain, rtol=1e-12)
     assert torch.allclose(plain, functional.cross_entropy(logits, label, ignore_index=255))
 

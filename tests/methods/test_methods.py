@@ -66,7 +66,11 @@ def test_mgd_is_equation_7(batch):
     expected = expected + 0.02 * pooled + 30.0 * region
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert set(out.log) == {
-        "loss_supervised", "loss_pixel_labeled", "loss_pixel_unlabeled", "loss_image", "loss_region"
+        "loss_supervised",
+        "loss_pixel_labeled",
+        "loss_pixel_unlabeled",
+        "loss_image",
+        "loss_region",
     }
     first = torch.autograd.grad(out.loss, student.parameters())
     second = torch.autograd.grad(expected, student.parameters())

@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from mgd.data.partitions import split
+from mgd.errors import UserError
+from mgd.recipe import Partition
+
+IDS = [f"image-{index:03d}" for index in range(100)]
+
+
+def test_disjoint_complete_and_seeded():
+    first = split(Partition(labeled="1/8"), IDS, ["extra"], seed=0)
+    assert len(first.labeled) == 12 and len(first.unlabeled) == 89 and "extra" in first.unlabeled
+    assert not set(first.labeled) & set(first.unlabeled)
+    assert set(first.labeled) | set(first.unlabeled) == {*IDS, "extra"}
+    assert first == split(Partition(labeled=0.12), list(reversed(IDS)), ["extra"], seed=0)
+    assert first.labeled != split(Partition(labeled=12), IDS, [], seed=1).labeled
+
+
+def test_the_same_on_every_machine():
+    # The three smallest of `printf "0:image-NNN" | sha256sum`, by coreutils.
+    assert split(Partition(labeled=3), IDS, [], seed=0).labeled == ("image-037", "image-044", "image-080")
+
+
+def test_a_larger_share_contains_the_smaller():
+    small, large = (set(split(Partition(labeled=n), IDS, [], seed=4).labeled) for n in (5, 20))
+    assert small < large
+
+
+def test_balanced_choice_sees_the_rare_class():
+    presence = {name: np.array([True, index % 2 == 0, index == 57]) for index, name in enumerate(IDS)}
+    chosen = split(Partition(labeled=4, balanced=True), IDS, [], seed=0, presence=presence).labeled
+    assert "image-057" in chosen
+    assert sum(presence[name][1] for name in chosen) >= 1
+
+
+def test_more_than_there_are():
+    with pytest.raises(UserError, match=r"labeled = 101: the training set has only 100 images with a mask"):
+        split(Partition(labeled=101), IDS, [], seed=0)
+    with pytest.raises(UserError, match="no training image has a mask"):
+        split(Partition(labeled=1), [], IDS, seed=0)
+
+
+def test_manifest_states_both_counts():
+    section = Partition(labeled="1/4")
+    manifest = split(section, IDS, [], seed=0).manifest(section, 0)
+    assert (manifest["num_labeled"], manifest["num_unlabeled"]) == (25, 75)
+    assert len(manifest["labeled"]) == 25 and manifest["labeled_wanted"] == "1/4"

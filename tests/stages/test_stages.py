@@ -1,0 +1,178 @@
+"""The main job as a user runs it: recipes in, a run folder out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import PIL.Image
+import pytest
+from conftest import ROOT, run_stage, stage_command
+from safetensors.torch import load_file
+
+RUN_FILES = {
+    "recipe.toml",
+    "partition.json",
+    "metrics.jsonl",
+    "metrics.json",
+    "curves.png",
+    "overlays.png",
+    "model/model.safetensors",
+    "model/config.json",
+    "model/recipe.toml",
+    "checkpoint/state.safetensors",
+}
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+
+
+def _files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def mgd_recipe(write_recipe, tmp_path):
+    """A student under two teachers and beside a baseline, each by its own recipe."""
+    write_recipe("deep.toml", run={"name": "deep-s{seed}"}, method={"name": "cps"})
+    write_recipe("wide.toml", run={"name": "wide"}, method={"name": "cps"}, student={"backbone": "test_efficientnet"})
+    write_recipe("baseline.toml", run={"name": "baseline"})
+    terms = {"pixel": {"teachers": ["deep", "wide"]}, "image": {"teachers": ["deep"]}, "region": {"teachers": ["wide"]}}
+    return write_recipe(
+        "mgd.toml",
+        run={"name": "mgd"},
+        method={"name": "mgd", **terms},
+        teachers={name: {"recipe": str(tmp_path / f"{name}.toml")} for name in ("deep", "wide")},
+        eval={"baselines": [str(tmp_path / "baseline.toml")], "every": 2},
+    )
+
+
+def test_the_main_job(mgd_recipe, tmp_path):
+    refused = run_stage("distill.py", "--recipe", mgd_recipe, "--no-train-teachers")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert "[teachers.deep] is not trained; accelerate launch stages/teacher_cps.py --recipe" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+
+    table = tmp_path / "table.json"
+    done = run_stage("distill.py", "--recipe", mgd_recipe, "--json", table, launcher=ACCELERATE)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(table.read_text())
+    assert [row["run"] for row in rows] == ["deep-s0", "wide", "baseline", "mgd"]
+    assert all(row["labelled"] == 4 and row["unlabelled"] == 8 for row in rows)
+    assert "deep: " in done.stdout and "is not finished; training it now" in done.stdout
+
+    run = tmp_path / "runs" / "mgd"
+    assert _files(run) == RUN_FILES
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["num_processes"] == 1 and metrics["steps"] == 4 and 0 <= metrics["miou"] <= 100
+    assert len(metrics["iou"]) == 7 and metrics["versions"]["torch"] and metrics["peak_memory_mb"] > 0
+    steps = [row["step"] for row in _rows(run) if "loss" in row]
+    assert steps == [1, 2, 3, 4] and [row["step"] for row in _rows(run) if "val_miou" in row] == [2, 4]
+    assert {"loss_supervised", "loss_pixel_labeled", "loss_image", "loss_region", "lr"} <= set(_rows(run)[0])
+    manifests = [json.loads((tmp_path / "runs" / name / "partition.json").read_text()) for name in ("deep-s0", "mgd")]
+    assert manifests[0]["labeled"] == manifests[1]["labeled"] and manifests[0]["num_unlabeled"] == 8
+    with PIL.Image.open(run / "overlays.png") as picture:
+        assert picture.width > 900
+
+    again = run_stage("distill.py", "--recipe", mgd_recipe)
+    assert again.returncode == 0 and "finished, mIoU" in again.stdout
+    other = run_stage("distill.py", "--recipe", mgd_recipe, "--set", "optim.lr=0.02")
+    assert other.returncode == 2 and "holds a run of another recipe (optim.lr 0.01 there, 0.02 here)" in other.stderr
+
+    # A stage started inside stages/ must not find its own evaluate.py in place of the package.
+    scored = run_stage("evaluate.py", "--model", run, "--json", tmp_path / "e.json", cwd=ROOT / "stages")
+    assert scored.returncode == 0, scored.stderr
+    classes = {row["class"]: row["IoU %"] for row in json.loads((tmp_path / "e.json").read_text())}
+    assert classes["mean"] == pytest.approx(metrics["miou"], abs=1e-9)
+
+
+@pytest.mark.parametrize("start", [["stages/{}"], ["-m", "stages.{}"], ["{}"], ["-m", "{}"]])
+@pytest.mark.parametrize("stage", ["evaluate", "distill"])
+def test_no_stage_hides_the_evaluate_package(start, stage, tmp_path):
+    inside = start[-1] == "{}"
+    name = start[-1].format(f"{stage}.py" if "-m" not in start else stage)
+    probe = tmp_path / "sitecustomize.py"  # runs before the stage, and looks once the stage is set up
+    probe.write_text(
+        "import atexit\n"
+        "def look():\n"
+        "    import importlib.util\n"
+        "    print('evaluate is', importlib.util.find_spec('evaluate').origin)\n"
+        "atexit.register(look)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *start[:-1], name, "--help"],
+        cwd=ROOT / "stages" if inside else ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    origin = done.stdout.partition("evaluate is ")[2].strip()
+    assert origin.endswith(os.path.join("evaluate", "__init__.py"))
+
+
+def test_killed_and_started_again_ends_with_the_same_bits(write_recipe, tmp_path):
+    whole = write_recipe("whole.toml", run={"name": "whole"}, method={"name": "cps"}, optim={"steps": 9})
+    killed = write_recipe("killed.toml", run={"name": "killed"}, method={"name": "cps"}, optim={"steps": 9})
+    assert run_stage("teacher_cps.py", "--recipe", whole).returncode == 0
+    process = subprocess.Popen(stage_command("teacher_cps.py", "--recipe", killed), stdout=subprocess.DEVNULL)
+    log = tmp_path / "runs" / "killed" / "metrics.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (log.parent / "metrics.json").exists()
+    again = run_stage("teacher_cps.py", "--recipe", killed)
+    assert again.returncode == 0 and "goes on at step 4 of 9" in again.stdout
+    first, second = (load_file(tmp_path / "runs" / n / "model" / "model.safetensors") for n in ("whole", "killed"))
+    assert all(first[key].equal(second[key]) for key in first)
+    kept = ("step", "loss", "loss_cps", "lr")
+    assert [[row.get(key) for key in kept] for row in _rows(log.parent)] == [
+        [row.get(key) for key in kept] for row in _rows(tmp_path / "runs" / "whole")
+    ]
+
+
+def test_two_processes_are_one(write_recipe, tmp_path):
+    """Exact, up to the order of sums, with norms that have no batch statistics."""
+    changes = {
+        "student": {"backbone": "test_convnext", "output_stride": 32, "head": {"norm": "group"}},
+        "method": {"name": "cps"},
+        "optim": {"lr": 0.001, "steps": 5},
+    }
+    one = write_recipe("one.toml", run={"name": "one"}, **changes)
+    two = write_recipe("two.toml", run={"name": "two"}, **changes)
+    assert run_stage("teacher_cps.py", "--recipe", one).returncode == 0
+    done = run_stage("teacher_cps.py", "--recipe", two, launcher=TORCHRUN, env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads((tmp_path / "runs" / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert [m["num_processes"] for m in metrics] == [1, 2] and "2 process(es)" in done.stdout
+    for first, second in zip(_rows(tmp_path / "runs" / "one"), _rows(tmp_path / "runs" / "two"), strict=True):
+        for key in first.keys() & {"loss", "loss_supervised", "loss_cps"}:
+            assert first[key] == pytest.approx(second[key], rel=2e-4)
+    first, second = (load_file(tmp_path / "runs" / n / "model" / "model.safetensors") for n in ("one", "two"))
+    assert all(first[key].allclose(second[key], atol=1e-4) for key in first)
+    assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=0.1)
+
+
+def test_a_batch_that_does_not_divide(write_recipe):
+    recipe = write_recipe(optim={"batch_size": 3})
+    done = run_stage("teacher_cps.py", "--recipe", recipe, launcher=TORCHRUN, env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode != 0
+    assert "error: [optim] batch_size = 3 does not divide over 2 processes; use 2 or 4, or 1, 3" in done.stderr
+
+
+def test_bad_input_is_one_line(write_recipe, tmp_path):
+    recipe = write_recipe(data={"name": "camvid", "root": str(tmp_path / "nowhere")})
+    text = recipe.read_text()
+    for key in ("num_train", "num_val", "size"):
+        text = "\n".join(line for line in text.splitlines() if not line.startswith(f"{key} ="))
+    recipe.write_text(text)
+    done = run_stage("teacher_cps.py", "--recipe", recipe)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: [data] root: the folder") and not (tmp_path / "runs").exists()
