@@ -26,7 +26,8 @@ def main() -> None:
     recipe = load(args.recipe, args.set)
     if not recipe.teachers:
         raise UserError(f"{args.recipe}: has no [teachers]; its stage is stages/teacher_cps.py")
-    needed = needed_recipes(recipe)
+    shared = [override for override in args.set if override.startswith(("data.", "partition."))]
+    needed = needed_recipes(recipe, shared)
     accelerator = cli.start(recipe)
 
     # ---- teachers and baselines, by their own recipes ----
@@ -49,14 +50,21 @@ def main() -> None:
     cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
 
 
-def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Load the recipes of the teachers and baselines, with this run's seed and partition."""
-    needed = {}
+def needed_recipes(recipe: Recipe, shared: list[str]) -> dict[str, Recipe]:
+    """Load the recipes of the teachers and baselines, with this run's seed and partition.
+
+    `shared` are the `--set`s of data and partition, which hold for all runs of the comparison.
+    """
     wanted = {name: (teacher.recipe, teacher.seed) for name, teacher in recipe.teachers.items() if teacher.recipe}
     wanted |= {f"baseline {path}": (path, None) for path in recipe.eval.baselines}
+    needed = {}
     for title, (path, seed) in wanted.items():
-        seed = recipe.run.seed if seed is None else seed
-        overrides = [f"run.seed={seed}", f"partition.seed={recipe.partition_seed}", f'run.output="{recipe.run.output}"']
+        overrides = [
+            *shared,
+            f"run.seed={recipe.run.seed if seed is None else seed}",
+            f"partition.seed={recipe.partition_seed}",
+            f'run.output="{recipe.run.output}"',
+        ]
         needed[title] = load(path, overrides)
         if needed[title].teachers:
             raise UserError(f"{recipe.source}: {title} ({path}) has [teachers] of its own; only one level is trained")

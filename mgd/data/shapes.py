@@ -24,7 +24,7 @@ def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     rng = np.random.default_rng((seed, index))
     y, x = np.mgrid[0:size, 0:size] / size
-    image = _texture(rng, x, y, int(rng.integers(4)), rng.uniform(), saturation=0.35)
+    image = _texture(rng, x, y, int(rng.integers(4)), rng.uniform(), saturation=0.25)
     label = np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(2, 5)):
         kind = int(rng.integers(1, len(CLASSES)))
@@ -35,7 +35,7 @@ def draw(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         v = ((y - center_y) * np.cos(angle) - (x - center_x) * np.sin(angle)) / radius
         inside = _inside(kind, u, v)
         texture = kind % 4 if rng.random() < 0.7 else int(rng.integers(4))
-        hue = (kind - 1) / 6 + rng.normal(0, 0.07)
+        hue = (kind - 1) / 6 + rng.normal(0, 0.04)
         image[inside] = _texture(rng, u, v, texture, hue, saturation=rng.uniform(0.4, 1))[inside]
         label[inside] = kind
     light = 1 + rng.uniform(-0.35, 0.35) * (x - 0.5) + rng.uniform(-0.35, 0.35) * (y - 0.5)
