@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from mgd.checkpoint import write_text
+from mgd.data.loaders import available_cpus
 from mgd.errors import UserError
 from mgd.recipe import Recipe
 
@@ -37,8 +39,9 @@ def start(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1 for a single CPU process; it means us to choose.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(recipe.run.threads or max(1, len(os.sched_getaffinity(0)) // local_processes))
+        torch.set_num_threads(recipe.run.threads or max(1, available_cpus() // local_processes))
     datasets.disable_progress_bars()
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the classifier that we do not want
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     set_seed(recipe.run.seed)
     return accelerator

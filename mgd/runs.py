@@ -81,7 +81,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """Peak memory of this process so far, MiB: of the GPU if there is one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB on Linux
 
 
 def device_name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ many, and a resumed run goes on exactly where it stopped.
 """
 
 import functools
+import os
 from collections.abc import Iterator
 
 import datasets
@@ -126,7 +127,7 @@ def training_loader(pairs: TrainingPairs, sampler: StepSampler, workers: int, pi
     return DataLoader(
         pairs,
         batch_sampler=sampler,
-        num_workers=min(workers, max(len(sampler), 0)),
+        num_workers=min(workers, len(sampler), available_cpus()),
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
     )
@@ -154,10 +155,15 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
     return DataLoader(
         torch.utils.data.Subset(EvaluationImages(images), share),
         batch_size=batch_size,
-        num_workers=min(workers, len(share)),
+        num_workers=min(workers, len(share), available_cpus()),
         collate_fn=list,
         worker_init_fn=_one_thread,
     )
+
+
+def available_cpus() -> int:
+    """Cores that this process may use (a container or `taskset` may hide some)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _one_thread(_: int) -> None:
