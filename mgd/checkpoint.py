@@ -1,7 +1,6 @@
 """Resume points: one safetensors file that is written aside and renamed, so never torn."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mgd.errors import UserError
+from mgd.files import write_aside
 
 FILE = "state.safetensors"
 
@@ -29,7 +29,6 @@ def save_checkpoint(
         optimizer: its tensors are stored beside the weights, its numbers in the header.
         progress: JSON values: step, seconds, the resolved recipe.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, module in modules.items():
         tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
@@ -41,6 +40,8 @@ def save_checkpoint(
             else:
                 numbers[f"{index}/{key}"] = value
     header = {"progress": dict(progress), "param_groups": state["param_groups"], "numbers": numbers}
+    for leftover in folder.glob(f".*{FILE}*"):
+        leftover.unlink(missing_ok=True)  # of a process that was killed while writing
     write_aside(folder / FILE, lambda path: save_file(_plain(tensors), path, metadata={"mgd": json.dumps(header)}))
 
 
@@ -70,28 +71,9 @@ def load_checkpoint(
         optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
     except (SafetensorError, OSError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"{path} cannot be resumed from: {str(error).splitlines()[0]}; start over with --restart"
+            f"{path} cannot be resumed from: {' '.join(str(error).split())[:200]}; start over with --restart"
         ) from error
     return header["progress"]
-
-
-def write_aside(path: Path, write: Any) -> None:
-    """Call `write(aside)` on a neighbouring path, flush it to disk and rename it to `path`."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; what stood there is intact") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file aside and rename it."""
-    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """What the stages share around their `main`: flags, the accelerator, errors as one line."""
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -15,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mgd.checkpoint import write_text
 from mgd.data.loaders import available_cpus
 from mgd.errors import UserError
+from mgd.files import write_json
 from mgd.recipe import Recipe
 
 
@@ -36,6 +35,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 def start(recipe: Recipe) -> Accelerator:
     """Return the accelerator, with CPU threads and seed set and the libraries' chatter off."""
     accelerator = Accelerator()
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError("--gradient_accumulation_steps is not used here; [optim] batch_size is the whole batch")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"--mixed_precision {accelerator.mixed_precision}: choices: no, bf16")
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1 for a single CPU process; it means us to choose.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -57,7 +60,7 @@ def print_table(accelerator: Accelerator, rows: Sequence[Mapping[str, Any]], out
     for line in [columns, ["-" * width for width in widths], *cells]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
     if output:
-        write_text(Path(output), json.dumps(list(rows), indent=2) + "\n")
+        write_json(Path(output), rows)
 
 
 def result_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,4 +98,4 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,7 +1,11 @@
 """User-facing errors: one exception type and the wording that goes with a wrong name."""
 
 import difflib
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
 
 
 class UserError(ValueError):
@@ -16,5 +20,46 @@ def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """Return "did you mean 'x'? choices: a, b, c" (the first part only when something is close)."""
     choices = [str(choice) for choice in choices]
     near = difflib.get_close_matches(str(value), choices, n=3, cutoff=0.6)
+    shown = choices if len(choices) <= 30 else [*choices[:30], "..."]
     hint = f"did you mean {' or '.join(repr(name) for name in near)}? " if near else ""
-    return f"{hint}choices: {', '.join(choices)}"
+    return f"{hint}choices: {', '.join(shown)}"
+
+
+def pydantic_lines(error: ValidationError, model: type[BaseModel], where: str) -> list[str]:
+    """Word each mistake of a section as `[section] key: what is wrong; the choices`.
+
+    Args:
+        error: what `model.model_validate` raised.
+        model: the model of the section.
+        where: name of the section.
+    """
+    return list(dict.fromkeys(_pydantic_line(model, detail, where) for detail in error.errors(include_url=False)))
+
+
+def _pydantic_line(model: type[BaseModel], detail: Mapping[str, Any], where: str) -> str:
+    """Word one pydantic error as `[section] key: what is wrong; the choices`."""
+    location = [part for part in detail["loc"] if isinstance(part, str)]
+    names, section, fields = [], where, model.model_fields
+    for part in location:
+        if part not in fields and detail["type"] != "extra_forbidden":
+            break  # the rest of the location is the member of a union that was tried
+        names.append(part)
+        inner = fields[part].annotation if part in fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            section, names, fields = f"{section}.{part}", [], inner.model_fields
+    key = f" {'.'.join(names)}" if names else ""
+    if detail["type"] == "extra_forbidden":
+        return f"[{section}]{key}: unknown key; {did_you_mean(names[-1], fields)}"
+    if detail["type"] == "missing":
+        return f"[{section}]{key or ' ' + location[-1]}: missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = message.replace("valid tuple", "list")
+    if detail["type"] == "literal_error":
+        choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        message = f"is not a choice; {did_you_mean(detail['input'], choices)}"
+    return f"[{section}]{key} = {_shown(detail['input'])}: {message}" if names else f"[{section}]: {message}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

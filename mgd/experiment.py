@@ -3,6 +3,7 @@
 `stages/teacher_cps.py` and `stages/distill.py` both call `run_recipe`; the loop is in train.py.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +15,17 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from mgd.checkpoint import write_text
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, TrainingPairs, evaluation_loader, per_process
 from mgd.data.partitions import Split, split
 from mgd.errors import UserError
+from mgd.files import write_json, write_text
 from mgd.inference import count_confusion, predict_logits
 from mgd.metrics import Scores, scores
-from mgd.models.segmenter import build_segmenter
+from mgd.models.segmenter import build_segmenter, check_trainable
 from mgd.optim import total_steps
 from mgd.plots import plot_curves, save_overlays
-from mgd.recipe import Recipe
+from mgd.recipe import DataSection, Recipe
 from mgd.registry import METHODS
 from mgd.runs import device_name, finished_metrics, open_folder, peak_memory_mb, versions
 from mgd.train import train
@@ -54,15 +55,11 @@ def run_recipe(
     if not restart and (done := finished_metrics(recipe)) is not None:
         accelerator.print(f"{folder}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
         return done
-    per_process(recipe.optim.batch_size, accelerator.num_processes)
-    splits = recipe.data.load()
-    partition = split_data(recipe, splits)
-    check_teachers(splits, teachers or {})
+    splits, partition = check_recipe(recipe, accelerator, teachers)
     method_class = METHODS.get(recipe.method.name)
     seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
         networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed) for seed in seeds]
-    _check_batch_norm(networks[0], recipe, accelerator.num_processes, method_class.forwards_per_label)
     frozen = {name: teacher.to(accelerator.device) for name, teacher in (teachers or {}).items()}
     method = method_class(recipe.method, networks, frozen)
     pairs = _training_pairs(recipe, splits, partition, method_class.uses_unlabeled)
@@ -110,6 +107,38 @@ def run_recipe(
     return metrics
 
 
+@functools.lru_cache(maxsize=2)
+def load_splits(section: DataSection) -> Splits:
+    """Load the data of a recipe; runs of one comparison share it.
+
+    Raises:
+        UserError: see the readers; or there is nothing to evaluate on.
+    """
+    splits = section.load()
+    if len(splits.val) == 0:
+        raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
+    return splits
+
+
+def check_recipe(
+    recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module] | None = None
+) -> tuple[Splits, Split]:
+    """Check all that can be checked before a run, and return its data and partition.
+
+    Raises:
+        UserError: the batch, the data, the partition, a teacher's classes, the network or its
+            ImageNet weights do not fit.
+    """
+    local_batch = per_process(recipe.optim.batch_size, accelerator.num_processes)
+    splits = load_splits(recipe.data)
+    partition = split_data(recipe, splits)
+    for name, teacher in (teachers or {}).items():
+        check_classes(splits, teacher, f"[teachers.{name}]")
+    images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
+    check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1)
+    return splits, partition
+
+
 def split_data(recipe: Recipe, splits: Splits) -> Split:
     """Draw the recipe's partition."""
     presence = None
@@ -124,18 +153,17 @@ def split_data(recipe: Recipe, splits: Splits) -> Split:
     )
 
 
-def check_teachers(splits: Splits, teachers: Mapping[str, nn.Module]) -> None:
-    """Refuse a teacher of other classes.
+def check_classes(splits: Splits, network: nn.Module, title: str) -> None:
+    """Refuse a network of other classes than the data's.
 
     Raises:
-        UserError: naming the teacher and both lists.
+        UserError: naming the network and both lists.
     """
-    for name, teacher in teachers.items():
-        if teacher.classes != tuple(splits.classes):
-            raise UserError(
-                f"[teachers.{name}] knows {len(teacher.classes)} classes ({', '.join(teacher.classes[:4])}, ...), "
-                f"the data {len(splits.classes)} ({', '.join(splits.classes[:4])}, ...); they must be the same"
-            )
+    if network.classes != tuple(splits.classes):
+        raise UserError(
+            f"{title} knows {len(network.classes)} classes ({', '.join(network.classes[:4])}, ...), "
+            f"the data {len(splits.classes)} ({', '.join(splits.classes[:4])}, ...); they must be the same"
+        )
 
 
 def evaluate_network(network: nn.Module, images: Images, recipe: Recipe, accelerator: Accelerator) -> Scores:
@@ -170,15 +198,6 @@ def _rows(source: datasets.Dataset, ids: tuple[str, ...]) -> datasets.Dataset:
     return source.select([index for index, name in enumerate(source["id"]) if name in wanted])
 
 
-def _check_batch_norm(network: nn.Module, recipe: Recipe, world_size: int, forwards_per_label: int) -> None:
-    images = recipe.optim.batch_size // world_size * forwards_per_label
-    if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in network.head.modules()):
-        raise UserError(
-            "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
-            'double it, or use [student.head] norm = "group"'
-        )
-
-
 def _finish(
     folder: Path,
     recipe: Recipe,
@@ -189,11 +208,14 @@ def _finish(
     device: torch.device,
 ) -> None:
     """Write what a finished run leaves behind; metrics.json last, for it marks the run finished."""
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": metrics["steps"], "val_miou": metrics["miou"]}) + "\n")
+    log = folder / "metrics.jsonl"
+    last = {"step": metrics["steps"], "val_miou": metrics["miou"]}
+    lines = log.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if json.loads(line).keys() != last.keys() or json.loads(line)["step"] < last["step"]]
+    write_text(log, "\n".join([*rows, json.dumps(last)]) + "\n")
     network.save(folder / "model")
     write_text(folder / "model" / "recipe.toml", recipe.to_toml())
-    plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+    plot_curves(log, folder / "curves.png")
     rows = []
     for index in sorted({round(place * (len(val) - 1) / 3) for place in range(4)}):
         image, label = val.read(index, with_label=True)
@@ -202,4 +224,4 @@ def _finish(
             logits = predict_logits(network, pixels, recipe.eval, recipe.data.crop)
         rows.append((np.asarray(image), label, logits.argmax(dim=1)[0].cpu().numpy()))
     save_overlays(rows, splits.colors, folder / "overlays.png")
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_json(folder / "metrics.json", metrics)

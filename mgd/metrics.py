@@ -25,9 +25,17 @@ def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int, ignore
 
     Returns:
         `[K, K]` int64, rows true, columns predicted.
+
+    Raises:
+        ValueError: a counted label or prediction that is no class.
     """
     counted = label != ignore_index
-    index = label[counted].long() * num_classes + prediction[counted].long()
+    label, prediction = label[counted].long(), prediction[counted].long()
+    for what, values in (("label", label), ("prediction", prediction)):
+        if values.numel() and not (0 <= values.min() and values.max() < num_classes):
+            wrong = values[(values < 0) | (values >= num_classes)][0].item()
+            raise ValueError(f"{what} {wrong} is no class; they are 0 to {num_classes - 1}, {ignore_index} is ignored")
+    index = label * num_classes + prediction
     return torch.bincount(index, minlength=num_classes * num_classes).view(num_classes, num_classes)
 
 

@@ -6,6 +6,7 @@
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
 
-from mgd.errors import UserError, did_you_mean
+from mgd.errors import UserError, did_you_mean, pydantic_lines
 from mgd.registry import DATASETS, HEADS, METHODS
 
 Positive = Annotated[int, Field(gt=0)]
@@ -170,6 +171,7 @@ class Recipe:
     """One validated recipe; a component is handed its own section, never the whole."""
 
     source: str
+    overrides: tuple[str, ...] = ()
     run: Run
     data: DataSection
     partition: Partition
@@ -188,6 +190,13 @@ class Recipe:
     def partition_seed(self) -> int:
         """Seed that draws the labelled images."""
         return self.run.seed if self.partition.seed is None else self.partition.seed
+
+    @property
+    def command(self) -> str:
+        """The command that runs this recipe as it stands, overrides included."""
+        stage = "distill" if self.teachers else "teacher_cps"
+        sets = "".join(f" --set {shlex.quote(override)}" for override in self.overrides)
+        return f"accelerate launch stages/{stage}.py --recipe {shlex.quote(self.source)}{sets}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the resolved recipe as plain TOML values, defaults written out."""
@@ -248,14 +257,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(raw, override)
-    return parse(raw, source=str(path))
+    return parse(raw, source=str(path), overrides=tuple(overrides))
 
 
-def parse(raw: Mapping[str, Any], source: str) -> Recipe:
+def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Check the tables of a recipe; see `load` for the errors. `source` names it in messages."""
     errors: list[str] = []
     known = (*_SECTIONS, "teachers")
-    for name in raw.keys() - set(known):
+    for name in sorted(raw.keys() - set(known)):
         errors.append(f"[{name}]: unknown section; {did_you_mean(name, known)}")
     sections: dict[str, Any] = {}
     for name in _SECTIONS:
@@ -276,7 +285,7 @@ def parse(raw: Mapping[str, Any], source: str) -> Recipe:
             errors.append(f"[method] {error}")
     if errors:
         raise UserError("\n".join(f"{source}: {line}" for line in errors))
-    return Recipe(source=source, **sections)
+    return Recipe(source=source, overrides=overrides, **sections)
 
 
 def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
@@ -302,7 +311,8 @@ def _section_model(name: str, table: Any, errors: list[str]) -> type[Section] | 
 
 def _student_model(table: Any, errors: list[str]) -> type[Section] | None:
     if not isinstance(table, Mapping):
-        return ModelSection
+        errors.append("[student]: missing" if table is None else f"[student]: must be a table, not {table!r}")
+        return None
     if "head" not in table:
         errors.append(f"[student.head]: missing; give name = one of {', '.join(HEADS.names())}")
         return None
@@ -329,36 +339,8 @@ def _validate(model: type[Section], table: Any, where: str, errors: list[str]) -
     try:
         return model.model_validate(_tuples(table))
     except ValidationError as error:
-        errors.extend(dict.fromkeys(_line(model, detail, where) for detail in error.errors(include_url=False)))
+        errors.extend(pydantic_lines(error, model, where))
         return None
-
-
-def _line(model: type[BaseModel], detail: Mapping[str, Any], where: str) -> str:
-    """Word one pydantic error as `[section] key: what is wrong; the choices`."""
-    location = [part for part in detail["loc"] if isinstance(part, str)]
-    names, section, fields = [], where, model.model_fields
-    for part in location:
-        if part not in fields and detail["type"] != "extra_forbidden":
-            break  # the rest of the location is the member of a union that was tried
-        names.append(part)
-        inner = fields[part].annotation if part in fields else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            section, names, fields = f"{section}.{part}", [], inner.model_fields
-    key = f" {'.'.join(names)}" if names else ""
-    if detail["type"] == "extra_forbidden":
-        return f"[{section}]{key}: unknown key; {did_you_mean(names[-1], fields)}"
-    if detail["type"] == "missing":
-        return f"[{section}]{key or ' ' + location[-1]}: missing"
-    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if detail["type"] == "literal_error":
-        choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
-        message = f"is not a choice; {did_you_mean(detail['input'], choices)}"
-    return f"[{section}]{key} = {_shown(detail['input'])}: {message}" if names else f"[{section}]: {message}"
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(_lists(value), default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -383,7 +365,7 @@ def _similar_files(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; the folder {path.parent} does not exist"
     names = sorted(file.name for file in path.parent.glob("*.toml"))
-    return f"; {did_you_mean(path.name, names[:20])}" if names else ""
+    return f"; {did_you_mean(path.name, names)}" if names else ""
 
 
 def _tuples(value: Any) -> Any:

@@ -6,18 +6,22 @@ import platform
 import resource
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from mgd.checkpoint import write_text
 from mgd.data.partitions import Split
 from mgd.errors import UserError
-from mgd.recipe import DataSection, Partition, Recipe
+from mgd.files import write_json, write_text
+from mgd.recipe import DataSection, Partition, Recipe, load
 
 # Keys of a recipe that change how a run is done, not what comes out.
-_FREE = {"run.log_every", "run.checkpoint_every", "run.threads", "run.output", "data.workers", "eval.baselines"}
+_FREE = {
+    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output"),
+    *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
+}
 
 
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
@@ -35,11 +39,12 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         raise UserError(f"{folder / 'recipe.toml'} cannot be read: {error}; --restart starts over") from error
     path = folder / "metrics.json"
     something_to_lose = path.exists() or (folder / "checkpoint").exists()
-    differences = _differences(there, recipe.to_dict())
+    differences = recipe_differences(there, recipe.to_dict())
     if differences and something_to_lose:
         raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another "
-            f"name (--set run.name=...), or start over with --restart"
+            f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another name "
+            "(--set run.name=...) or folder (--set run.output=..., where teachers and baselines follow), or "
+            f"delete what is there: {recipe.command} --restart"
         )
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -59,12 +64,22 @@ def open_folder(recipe: Recipe, partition: Split, restart: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be made: {error.strerror or error}") from error
-    write_text(folder / "recipe.toml", recipe.to_toml())
     manifest = partition.manifest(recipe.partition, recipe.partition_seed)
-    write_text(folder / "partition.json", json.dumps(manifest, indent=1) + "\n")
+    path = folder / "partition.json"
+    if (folder / "checkpoint").exists() and path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if any(there[key] != manifest[key] for key in ("labeled", "unlabeled")):
+            raise UserError(
+                f"{path}: the images of [data] have changed since this run began ({there['num_labeled']} labelled / "
+                f"{there['num_unlabeled']} unlabelled then, {manifest['num_labeled']} / {manifest['num_unlabeled']} "
+                f"now); put them back, or start over: {recipe.command} --restart"
+            )
+    write_text(folder / "recipe.toml", recipe.to_toml())
+    write_json(path, manifest)
 
 
-def _differences(there: Mapping, here: Mapping) -> list[str]:
+def recipe_differences(there: Mapping, here: Mapping) -> list[str]:
+    """List the keys, of those that shape a result, in which two resolved recipes differ."""
     first, second = _flat(there), _flat(here)
     keys = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
     return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys if key not in _FREE]
@@ -98,21 +113,68 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def check_same_labels(recipe: Recipe, other: Recipe, title: str) -> None:
-    """Refuse to distil from, or to compare with, a run that sees other labels.
+def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Load the recipes of the teachers and baselines of a student.
+
+    They take over its seed, partition and output folder, and its `--set`s of data and partition;
+    a baseline, being the same student, those of student, optim and eval too.
+
+    Returns:
+        Teachers by their name, baselines as "baseline FILE".
 
     Raises:
-        UserError: `[partition]` or the images of `[data]` differ, naming the first key.
+        UserError: one of them sees other labels, or has teachers itself.
     """
-    for section, keys in (("partition", Partition.model_fields), ("data", _image_keys(recipe.data))):
-        mine, theirs = recipe.to_dict()[section], other.to_dict()[section]
-        for key in keys:
-            if mine.get(key) != theirs.get(key):
-                raise UserError(
-                    f"{recipe.source}: {title} ({other.source}) must see the same labelled images, but its "
-                    f"[{section}] {key} is {theirs.get(key)!r}, here {mine.get(key)!r}; make them equal, or name a "
-                    "teacher by checkpoint = its folder"
-                )
+    wanted = {name: (teacher.recipe, teacher.seed) for name, teacher in recipe.teachers.items() if teacher.recipe}
+    wanted |= {f"baseline {path}": (path, None) for path in recipe.eval.baselines}
+    needed = {}
+    for title, (path, seed) in wanted.items():
+        is_baseline = title not in recipe.teachers
+        shared = ("data.", "partition.", *(("student.", "optim.", "eval.") if is_baseline else ()))
+        overrides = [override for override in recipe.overrides if override.startswith(shared)]
+        overrides.append(f"run.seed={recipe.run.seed if seed is None else seed}")
+        overrides.append(f"partition.seed={recipe.partition_seed}")
+        overrides.append(f"run.output={json.dumps(recipe.run.output)}")
+        if is_baseline and any(override.startswith("run.name=") for override in recipe.overrides):
+            overrides.append(f"run.name={recipe.run.name}-{Path(path).stem}")
+        needed[title] = load(path, overrides)
+        if needed[title].teachers:
+            raise UserError(f"{recipe.source}: {title} ({path}) has [teachers] of its own; only one level is trained")
+        check_comparable(recipe, needed[title], title, is_baseline)
+    return needed
+
+
+def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: bool) -> None:
+    """Refuse to distil from a run that sees other labels, and a baseline that is another student.
+
+    Raises:
+        UserError: a key that must agree does not, naming it and both values.
+    """
+    agree = [("partition", key) for key in Partition.model_fields]
+    agree += [("data", key) for key in _image_keys(recipe.data)]
+    if is_baseline:
+        agree += [("data", "image_scale"), ("data", "crop"), ("eval", "mode")]
+        agree += [("student", key) for key in type(recipe.student).model_fields]
+        agree += [("optim", key) for key in ("steps", "epochs", "batch_size")]
+    mine, theirs = recipe.to_dict(), other.to_dict()
+    for section, key in agree:
+        if mine[section].get(key) != theirs[section].get(key):
+            raise UserError(
+                f"{recipe.source}: {title} ({other.source}) must agree in [{section}] {key}, but has "
+                f"{theirs[section].get(key)!r}, here {mine[section].get(key)!r}; make them equal"
+                + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
+            )
+
+
+def note_other_labels(recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Say so when a teacher that is given by its weights learned from labels that this run hides."""
+    ours = json.loads((recipe.run_dir / "partition.json").read_text(encoding="utf-8"))
+    for name, teacher in recipe.teachers.items():
+        path = Path(teacher.checkpoint or "") / "partition.json"
+        if teacher.checkpoint and path.exists():
+            hidden = set(json.loads(path.read_text(encoding="utf-8"))["labeled"]) - set(ours["labeled"])
+            if hidden:
+                say(f"note: [teachers.{name}] learned from {len(hidden)} labels that this run does not see")
 
 
 def _image_keys(section: DataSection) -> list[str]:

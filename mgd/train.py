@@ -1,6 +1,7 @@
 """The training loop: the only one, for every method."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from mgd.errors import UserError
 from mgd.methods.base import Method
 from mgd.optim import build_optimizer, poly_lr
 from mgd.recipe import Recipe
+from mgd.runs import recipe_differences
 
 
 def train(
@@ -48,6 +50,11 @@ def train(
     modules = {f"network{index}": network for index, network in enumerate(networks)}
     optimizer = build_optimizer(recipe.optim, networks)
     progress = load_checkpoint(folder / "checkpoint", modules, optimizer) or {"step": 0, "seconds": 0.0}
+    if differences := recipe_differences(progress.get("recipe", {}), recipe.to_dict()) if progress["step"] else []:
+        raise UserError(
+            f"{folder / 'checkpoint'} is of another recipe ({'; '.join(differences[:4])}); start over: "
+            f"{recipe.command} --restart"
+        )
     start, seconds = progress["step"], progress["seconds"]
     if start:
         accelerator.print(f"{folder}: goes on at step {start} of {num_steps}")
@@ -78,20 +85,23 @@ def train(
 
         done = step + 1
         bar.update()
-        if done % run.log_every == 0 or done == num_steps:
+        saves = done % run.checkpoint_every == 0 or done == num_steps
+        if done % run.log_every == 0 or saves:
             row = log.write(done, {"loss": out.loss, **out.log}, lr=poly_lr(recipe.optim, step, num_steps))
             bar.set_postfix(loss=f"{row['loss']:.3f}", img_s=f"{row['images_per_second']:.1f}", refresh=False)
         if recipe.eval.every and done % recipe.eval.every == 0 and done < num_steps:
             share_buffers(networks)
             log.write_scores(done, evaluate(networks[0]))
-        if done % run.checkpoint_every == 0 or done == num_steps:
+        if saves:
             share_buffers(networks)
             if accelerator.is_main_process:
                 spent = seconds + time.perf_counter() - began
-                save_checkpoint(folder / "checkpoint", modules, optimizer, {"step": done, "seconds": spent})
+                reached = {"step": done, "seconds": spent, "recipe": recipe.to_dict()}
+                save_checkpoint(folder / "checkpoint", modules, optimizer, reached)
             accelerator.wait_for_everyone()
     bar.close()
     method.networks = networks
+    accelerator.free_memory()  # a teacher's optimiser must not stay while its student trains
     return seconds + time.perf_counter() - began
 
 
@@ -126,11 +136,10 @@ class StepLog:
         now = time.perf_counter()
         row["images_per_second"] = (step - self.last_step) * self.batch_size / (now - self.last_time)
         self.last_step, self.last_time = step, now
-        if not torch.isfinite(stacked).all():
-            bad = [name for name, value in zip(values, stacked.tolist(), strict=True) if value - value != 0]
+        if bad := [name for name, mean in zip(values, means, strict=True) if not math.isfinite(mean)]:
             raise UserError(
-                f"{self.path.parent}: {', '.join(bad)} is not finite at step {step}; lower [optim] lr "
-                f"(now {lr:.3g}) or the weight of that term; the last resume point is kept"
+                f"{self.path.parent}: {', '.join(bad)} is not finite at step {step}; lower [optim] lr (now {lr:.3g}) "
+                "or the weight of that term, and start over with --restart; the last resume point is kept"
             )
         self._append(row)
         return row

@@ -12,10 +12,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 
 from mgd import cli  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import run_recipe  # noqa: E402
+from mgd.experiment import check_recipe, run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
-from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.runs import check_same_labels, finished_metrics  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+from mgd.runs import finished_metrics, needed_recipes, note_other_labels  # noqa: E402
 
 
 def main() -> None:
@@ -26,50 +26,38 @@ def main() -> None:
     recipe = load(args.recipe, args.set)
     if not recipe.teachers:
         raise UserError(f"{args.recipe}: has no [teachers]; its stage is stages/teacher_cps.py")
-    shared = [override for override in args.set if override.startswith(("data.", "partition."))]
-    needed = needed_recipes(recipe, shared)
+    needed = needed_recipes(recipe)
     accelerator = cli.start(recipe)
+
+    # ---- everything is checked before hours are spent ----
+    found = {title: finished_metrics(other) for title, other in needed.items()}
+    if not args.restart and (done := finished_metrics(recipe)):
+        accelerator.print(f"{recipe.run_dir}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
+        rows = [*filter(None, found.values()), done]
+        return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
+    missing = {title: needed[title] for title, metrics in found.items() if metrics is None}
+    for title in recipe.teachers.keys() & missing.keys() if args.no_train_teachers else ():
+        raise UserError(f"[teachers.{title}] is not trained; {missing[title].command}")
+    given = {name: load_segmenter(t.checkpoint) for name, t in recipe.teachers.items() if t.checkpoint}
+    check_recipe(recipe, accelerator, given)
+    for other in missing.values():
+        check_recipe(other, accelerator)
 
     # ---- teachers and baselines, by their own recipes ----
     rows = []
     for title, other in needed.items():
-        if finished_metrics(other) is None:
-            command = f"stages/teacher_cps.py --recipe {other.source}"
-            if args.no_train_teachers and title in recipe.teachers:
-                raise UserError(f"[teachers.{title}] is not trained; accelerate launch {command}")
-            accelerator.print(f"{title}: {other.run_dir} is not finished; training it now ({command})")
+        if title in missing:
+            accelerator.print(f"{title}: {other.run_dir} is not finished; training it now: {other.command}")
         rows.append(run_recipe(other, accelerator))
 
     # ---- the student, under the frozen teachers ----
-    sources = {
-        name: needed[name].run_dir if teacher.recipe else teacher.checkpoint
+    teachers = {
+        name: load_segmenter(needed[name].run_dir) if teacher.recipe else given[name]
         for name, teacher in recipe.teachers.items()
     }
-    teachers = {name: load_segmenter(source) for name, source in sources.items()}
     rows.append(run_recipe(recipe, accelerator, teachers, restart=args.restart))
+    note_other_labels(recipe, accelerator.print)
     cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
-
-
-def needed_recipes(recipe: Recipe, shared: list[str]) -> dict[str, Recipe]:
-    """Load the recipes of the teachers and baselines, with this run's seed and partition.
-
-    `shared` are the `--set`s of data and partition, which hold for all runs of the comparison.
-    """
-    wanted = {name: (teacher.recipe, teacher.seed) for name, teacher in recipe.teachers.items() if teacher.recipe}
-    wanted |= {f"baseline {path}": (path, None) for path in recipe.eval.baselines}
-    needed = {}
-    for title, (path, seed) in wanted.items():
-        overrides = [
-            *shared,
-            f"run.seed={recipe.run.seed if seed is None else seed}",
-            f"partition.seed={recipe.partition_seed}",
-            f'run.output="{recipe.run.output}"',
-        ]
-        needed[title] = load(path, overrides)
-        if needed[title].teachers:
-            raise UserError(f"{recipe.source}: {title} ({path}) has [teachers] of its own; only one level is trained")
-        check_same_labels(recipe, needed[title], title)
-    return needed
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 from mgd import cli  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import check_teachers, evaluate_network  # noqa: E402
+from mgd.experiment import check_classes, evaluate_network, load_splits  # noqa: E402
 from mgd.models.segmenter import find_model, load_segmenter  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
@@ -35,8 +35,8 @@ def main() -> None:
     recipe = load(source, args.set)
     accelerator = cli.start(recipe)
     network = load_segmenter(folder).to(accelerator.device)
-    splits = recipe.data.load()
-    check_teachers(splits, {"model": network})
+    splits = load_splits(recipe.data)
+    check_classes(splits, network, args.model)
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
     result = evaluate_network(network, images, recipe, accelerator)
 

@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from mgd.checkpoint import FILE, load_checkpoint, save_checkpoint, write_text
+from mgd.checkpoint import FILE, load_checkpoint, save_checkpoint
 from mgd.errors import UserError
+from mgd.files import write_json, write_text
 
 
 def _trained(name, seed=0):
@@ -62,3 +65,9 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     ):
         write_text(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_is_strict_and_readable_by_others(tmp_path):
+    write_json(tmp_path / "a.json", {"iou": [1.0, float("nan")]})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"iou": [1.0, None]}
+    assert (tmp_path / "a.json").stat().st_mode & 0o444 == 0o444

@@ -45,3 +45,36 @@ def test_restart_deletes_runs_only(write_recipe, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(write_recipe):
     with pytest.raises(UserError, match=r"loss.* is not finite at step \d+; lower \[optim\] lr"):
         run_recipe(load(write_recipe(), ["optim.lr=1e30", "optim.steps=20"]), Accelerator())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["student.backbone=swin_tiny_patch4_window7_224", "student.output_stride=32"], "cannot (train|return)"),
+        (["student.backbone=dla34"], "cannot return feature maps at output_stride = 16"),
+    ],
+)
+def test_backbones_that_cannot_run_are_refused_before_training(write_recipe, overrides, message):
+    recipe = load(write_recipe(), overrides)
+    with pytest.raises(UserError, match=message):
+        run_recipe(recipe, Accelerator())
+    assert not recipe.run_dir.exists()
+
+
+def test_a_checkpoint_of_another_recipe_is_not_resumed(write_recipe):
+    recipe = load(write_recipe())
+    run_recipe(recipe, Accelerator())
+    for name in ("recipe.toml", "metrics.json"):
+        (recipe.run_dir / name).unlink()
+    with pytest.raises(UserError, match=r"checkpoint is of another recipe \(optim.lr 0.01 there, 0.02 here\)"):
+        run_recipe(load(recipe.source, ["optim.lr=0.02"]), Accelerator())
+
+
+def test_images_that_change_under_an_unfinished_run(write_recipe):
+    recipe = load(write_recipe())
+    run_recipe(recipe, Accelerator())
+    (recipe.run_dir / "metrics.json").unlink()
+    path = recipe.run_dir / "partition.json"
+    path.write_text(path.read_text().replace("train-000003", "train-999999"))
+    with pytest.raises(UserError, match=r"the images of \[data\] have changed since this run began"):
+        run_recipe(recipe, Accelerator())

@@ -9,9 +9,10 @@ import pytest
 from conftest import ROOT
 
 BASE = {"mgd.errors"}
-PLUGIN = BASE | {"mgd.registry", "mgd.recipe"}
+PLUGIN = BASE | {"mgd.registry", "mgd.recipe", "mgd.files"}
 ALLOWED = {  # module prefix -> what of ours it may import
     "mgd.errors": set(),
+    "mgd.files": BASE,
     "mgd.registry": BASE,
     "mgd.recipe": PLUGIN,
     "mgd.losses": {"mgd.losses"},

@@ -67,3 +67,10 @@ def test_known_confusion():
 def test_predictions_on_ignored_pixels_do_not_count():
     prediction = torch.tensor([[1, 0]])
     assert confusion_matrix(prediction, torch.tensor([[255, 0]]), 2).tolist() == [[1, 0], [0, 0]]
+
+
+def test_values_outside_the_classes_are_refused():
+    with pytest.raises(ValueError, match="prediction 3 is no class; they are 0 to 2"):
+        confusion_matrix(torch.tensor([3]), torch.tensor([0]), 3)
+    with pytest.raises(ValueError, match="label 7 is no class"):
+        confusion_matrix(torch.tensor([0]), torch.tensor([7]), 3)

@@ -154,9 +154,9 @@ class Folder(DataSection):
         images, masks = self._pairs(_folder(self.root, "[data] root"))
         if self.val_root is None:
             names = sorted(masks, key=lambda name: hashlib.sha256(name.encode()).digest())
-            held_out = names[: max(1, round(self.val_share * len(names)))]
-            if len(held_out) == len(names):
-                raise UserError(f"{self.root}: {len(names)} image with a mask; at least 2 are needed (one to evaluate)")
+            if len(names) < 2:
+                raise UserError(f"{self.root}: one image with a mask; at least 2 are needed (one to evaluate)")
+            held_out = names[: min(max(1, round(self.val_share * len(names))), len(names) - 1)]
             val = _paired(images, {name: masks.pop(name) for name in held_out})
         else:
             val = _paired(*self._pairs(_folder(self.val_root, "[data] val_root")))

@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -83,13 +81,3 @@ def _balanced(drawn: Sequence[str], wanted: int, presence: Mapping[str, np.ndarr
         chosen.append(pick)
         seen += presence[pick]
     return chosen
-
-
-def write_manifest(path: Path, manifest: Mapping) -> None:
-    """Write `partition.json`."""
-    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def same_labels(first: Mapping, second: Mapping) -> bool:
-    """Whether two manifests name the same labelled images."""
-    return set(first["labeled"]) == set(second["labeled"])

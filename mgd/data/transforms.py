@@ -54,8 +54,8 @@ class LabelDecoder:
             if (channels != channels[..., :1]).any():
                 raise UserError(f"mask of {name} is a colour image; give [data] colors, one [r, g, b] a class")
             return channels[..., 0].astype(np.int64)
-        if mask.mode == "LA":
-            mask = mask.getchannel("L")
+        if mask.mode in ("LA", "PA"):
+            mask = mask.getchannel(0)
         return np.asarray(mask).astype(np.int64)
 
     def _from_colors(self, mask: PIL.Image.Image, name: str) -> np.ndarray:

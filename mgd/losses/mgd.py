@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional
@@ -68,6 +69,8 @@ def self_correlation(features: Tensor, grid: int) -> Tensor:
     Returns:
         `[B, grid * grid, grid * grid]`.
     """
-    regions = functional.adaptive_avg_pool2d(features.float(), grid)
-    regions = functional.normalize(rearrange(regions, "b c i j -> b (i j) c"), dim=-1)
-    return regions @ regions.transpose(1, 2)
+    with torch.autocast(features.device.type, enabled=False):  # differences of cosines drown in bf16
+        precise = features if features.dtype == torch.float64 else features.float()
+        regions = functional.adaptive_avg_pool2d(precise, grid)
+        regions = functional.normalize(rearrange(regions, "b c i j -> b (i j) c"), dim=-1)
+        return regions @ regions.transpose(1, 2)

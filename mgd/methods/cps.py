@@ -37,6 +37,8 @@ class CPS(Method):
             pseudo_labels = [
                 mix(*_bare(network)(both).logits.chunk(2), batch["mask"]).argmax(dim=1) for network in self.networks
             ]
+        # Older torch would reuse the casts made without gradient in the forward passes below.
+        torch.clear_autocast_cache()
         loss_supervised, loss_cps = 0.0, 0.0
         for network, pseudo_label in zip(self.networks, reversed(pseudo_labels), strict=True):
             logits = network(image).logits

@@ -38,7 +38,7 @@ def build_backbone(
             raise
         raise UserError(
             f"[student] backbone = {name!r}: its ImageNet weights cannot be loaded "
-            f"({str(error).splitlines()[0][:160]}); go online once, point HF_HOME at a cache that has "
+            f"({_first_line(error)}); go online once, point HF_HOME at a cache that has "
             "them, or set pretrained = false"
         ) from error
     if multi_grid:
@@ -66,7 +66,7 @@ def _indices(name: str, output_stride: int) -> tuple[int, int]:
         other = "use output_stride = 32, or " if output_stride != 32 else ""
         raise UserError(
             f"[student] backbone = {name!r} cannot return feature maps at output_stride = {output_stride} "
-            f"({str(error).splitlines()[0][:120]}); {other}choose another backbone"
+            f"({_first_line(error)}); {other}choose another backbone"
         ) from error
     if LOW_LEVEL_STRIDE not in reductions or reductions[-1] != output_stride:
         raise UserError(
@@ -92,3 +92,8 @@ def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...
                 continue
             value = max(1, dilation // 2) if index == 0 and place == 0 else dilation
             conv.dilation = conv.padding = (value, value)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:160] if lines else type(error).__name__  # timm asserts without a word

@@ -65,7 +65,7 @@ class DeepLabV3PlusHead(nn.Module):
         """
         pooled = self.pooled(reduce(high, "b c h w -> b c 1 1", "mean"))
         branches = [branch(high) for branch in self.aspp]
-        branches.append(pooled.expand_as(branches[0]))
+        branches.append(pooled + torch.zeros_like(branches[0]))  # some mobile converters lack expand
         context = self.project(torch.cat(branches, dim=1))
         context = functional.interpolate(context, size=low.shape[-2:], mode="bilinear", align_corners=False)
         features = self.decoder(torch.cat([context, self.low_level(low)], dim=1))

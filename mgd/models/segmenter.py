@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mgd.errors import UserError
+from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
 from mgd.recipe import ModelSection, parse_model
 from mgd.registry import HEADS
@@ -71,16 +72,15 @@ class Segmenter(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_aside(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         config = {
             "format": FORMAT,
             "model": self.section.model_dump(mode="json") | {"pretrained": False},
             "classes": list(self.classes),
             "colors": [list(color) for color in self.colors],
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", config)
 
 
 def build_segmenter(section: ModelSection, classes: Sequence[str], colors: Sequence, seed: int) -> Segmenter:
@@ -89,6 +89,46 @@ def build_segmenter(section: ModelSection, classes: Sequence[str], colors: Seque
         torch.manual_seed(seed)
         model = Segmenter(section, classes, colors, pretrained=section.pretrained)
     return model.to(memory_format=torch.channels_last)
+
+
+def check_trainable(section: ModelSection, num_classes: int, images: int, crop: int, several_processes: bool) -> None:
+    """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
+
+    Args:
+        section: the recipe's `[student]`.
+        num_classes: K.
+        images: images of one forward pass of one process.
+        crop: side of the training crop, pixels.
+        several_processes: a parameter without gradient, which they cannot share, is then an error.
+
+    Raises:
+        UserError: the network cannot train at this size, or its weights cannot be had.
+    """
+    with torch.device("meta"):
+        model = Segmenter(section, [str(k) for k in range(num_classes)], [(0, 0, 0)] * num_classes)
+    if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.head.modules()):
+        raise UserError(
+            "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
+            'double it, or use [student.head] norm = "group"'
+        )
+    try:
+        model.train()(torch.empty(images, 3, crop, crop, device="meta")).logits.sum().backward()
+    except NotImplementedError:
+        return  # an operation without a meta kernel proves nothing
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: {reason}; "
+            "choose another [data] crop or backbone"
+        ) from error
+    idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    if idle and several_processes:
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} has {len(idle)} parameters that its two feature maps do not "
+            f"use ({idle[0]}, ...), which cannot train on several processes; choose another backbone"
+        )
+    if section.pretrained:
+        build_backbone(section.backbone, section.output_stride, pretrained=True)
 
 
 def load_segmenter(source: str | Path) -> Segmenter:

@@ -120,3 +120,23 @@ def test_cps_step(batch):
         expected += functional.cross_entropy(network(batch["image"]).logits, batch["label"], ignore_index=255).item()
         expected += 1.5 * functional.cross_entropy(network(image).logits, pseudo).item()
     assert out.loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_cps_in_bf16_trains_every_weight(batch):
+    networks = [Toy(0).float(), Toy(1).float()]
+    for network in networks:
+        network.forward = lambda image, n=network: SegOutput(
+            functional.interpolate(n.classifier(n.body(image.float()).tanh()).float(), scale_factor=2), None
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        CPS(CPSConfig(), networks).step(batch, 0).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for network in networks for p in network.parameters())
+
+
+def test_region_level_is_not_computed_in_bf16():
+    from mgd.losses.mgd import region_level
+
+    student, teacher = torch.randn(2, 2, 8, 14, 14)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = region_level(student, teacher)
+    assert inside.item() == region_level(student, teacher).item()

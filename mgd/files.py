@@ -1,0 +1,57 @@
+"""Writing files so that a crash, a kill or a full disk never leaves a torn one."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from mgd.errors import UserError
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write(aside)` on a neighbouring path, flush it to disk and rename it to `path`.
+
+    Raises:
+        UserError: it cannot be written; what stood at `path` before still stands.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {reason}; what stood there is intact") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file aside and rename it."""
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON: NaN, for which JSON has no word, becomes null."""
+    write_text(path, json.dumps(_no_nan(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
