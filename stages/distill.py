@@ -36,8 +36,10 @@ def main() -> None:
         rows = [*filter(None, found.values()), done]
         return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
     missing = {title: needed[title] for title, metrics in found.items() if metrics is None}
-    for title in recipe.teachers.keys() & missing.keys() if args.no_train_teachers else ():
-        raise UserError(f"[teachers.{title}] is not trained; {missing[title].command}")
+    untrained = [title for title in missing if title in recipe.teachers]
+    if untrained and args.no_train_teachers:
+        lines = [f"[teachers.{title}] is not trained: {missing[title].command}" for title in untrained]
+        raise UserError("\n".join(lines))
     given = {name: load_segmenter(t.checkpoint) for name, t in recipe.teachers.items() if t.checkpoint}
     check_recipe(recipe, accelerator, given)
     for other in missing.values():

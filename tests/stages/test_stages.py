@@ -55,7 +55,7 @@ def mgd_recipe(write_recipe, tmp_path):
 def test_the_main_job(mgd_recipe, tmp_path):
     refused = run_stage("distill.py", "--recipe", mgd_recipe, "--no-train-teachers")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
-    assert "[teachers.deep] is not trained; accelerate launch stages/teacher_cps.py --recipe" in refused.stderr
+    assert "[teachers.deep] is not trained: accelerate launch stages/teacher_cps.py --recipe" in refused.stderr
     assert not (tmp_path / "runs").exists()
 
     table = tmp_path / "table.json"
