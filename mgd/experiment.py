@@ -78,7 +78,7 @@ def run_recipe(
         return evaluate_network(network, val, recipe, accelerator)
 
     seconds = train(method, pairs, recipe, num_steps, accelerator, folder, lambda network: evaluate(network).miou)
-    network = method.networks[0]
+    network = method.deployed()
     result = evaluate(network)
     metrics = {
         "name": folder.name,

@@ -78,5 +78,7 @@ class Registry(Generic[T]):
 DATASETS: Registry[type] = Registry("data set", "mgd.datasets", ["mgd.data.datasets"])
 HEADS: Registry[type] = Registry("head", "mgd.heads", ["mgd.models.deeplabv3plus"])
 METHODS: Registry[type] = Registry(
-    "method", "mgd.methods", ["mgd.methods.supervised", "mgd.methods.cps", "mgd.methods.mgd"]
+    "method",
+    "mgd.methods",
+    [f"mgd.methods.{name}" for name in ("supervised", "mean_teacher", "cps", "mgd", "kd", "cwd")],
 )

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -47,7 +47,8 @@ def train(
     """
     run, world_size = recipe.run, accelerator.num_processes
     networks = [network.to(accelerator.device) for network in method.networks]
-    modules = {f"network{index}": network for index, network in enumerate(networks)}
+    averages = {name: network.to(accelerator.device) for name, network in method.averages.items()}
+    modules = {f"network{index}": network for index, network in enumerate(networks)} | averages
     optimizer = build_optimizer(recipe.optim, networks)
     progress = load_checkpoint(folder / "checkpoint", modules, optimizer) or {"step": 0, "seconds": 0.0}
     if differences := recipe_differences(progress.get("recipe", {}), recipe.to_dict()) if progress["step"] else []:
@@ -81,6 +82,7 @@ def train(
         accelerator.backward(out.loss)
         optimizer.step()
         optimizer.zero_grad()
+        method.after_step(step)
         # ------------------------------------------------------------------------------------------
 
         done = step + 1
@@ -90,10 +92,10 @@ def train(
             row = log.write(done, {"loss": out.loss, **out.log}, lr=poly_lr(recipe.optim, step, num_steps))
             bar.set_postfix(loss=f"{row['loss']:.3f}", img_s=f"{row['images_per_second']:.1f}", refresh=False)
         if recipe.eval.every and done % recipe.eval.every == 0 and done < num_steps:
-            share_buffers(networks)
-            log.write_scores(done, evaluate(networks[0]))
+            share_buffers(modules.values())
+            log.write_scores(done, evaluate(method.deployed()))
         if saves:
-            share_buffers(networks)
+            share_buffers(modules.values())
             if accelerator.is_main_process:
                 spent = seconds + time.perf_counter() - began
                 reached = {"step": done, "seconds": spent, "recipe": recipe.to_dict()}
@@ -155,7 +157,7 @@ class StepLog:
                 file.write(json.dumps(row) + "\n")
 
 
-def share_buffers(networks: list[nn.Module]) -> None:
+def share_buffers(networks: Iterable[nn.Module]) -> None:
     """Give all processes the BatchNorm statistics of the first, which are the ones that are saved."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for network in networks:

@@ -1,4 +1,4 @@
-"""Train a student from frozen teachers: mgd. Teachers and baselines that are missing come first.
+"""Train a student from frozen teachers: mgd | kd | cwd. Teachers and baselines that are missing come first.
 
 accelerate launch stages/distill.py --recipe recipes/quickstart.toml
 """

@@ -1,4 +1,4 @@
-"""Train a network without teachers: cps | supervised. Teachers, and baselines of students.
+"""Train a network without teachers: cps | mean_teacher | supervised. Teachers, and baselines of students.
 
 accelerate launch stages/teacher_cps.py --recipe recipes/quickstart_deep.toml
 """

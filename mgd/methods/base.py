@@ -1,17 +1,37 @@
 """What the training loop asks of a method."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from mgd.errors import UserError
+from mgd.errors import UserError, did_you_mean
+from mgd.losses import supervised
 from mgd.recipe import Section
+
+IGNORE_INDEX = 255
 
 Batch = Mapping[str, Tensor]
 """Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]` int64; with an unlabelled set also
 `unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]` bool."""
+
+
+class OHEM(Section):
+    """`[method.ohem]`: the supervised loss counts hard pixels only (the authors' code on Cityscapes)."""
+
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """Probability of the true class up to which a pixel is hard."""
+    min_kept_per_image: Annotated[int, Field(ge=0)] = 50_000
+    """Pixels kept at the least, times the images of a process."""
+
+
+class MethodSection(Section):
+    """Keys of `[method]` that every method has."""
+
+    ohem: OHEM | None = None
+    """Left out, every labelled pixel counts."""
 
 
 class StepOutput(NamedTuple):
@@ -31,7 +51,7 @@ class Method:
         teachers: frozen networks by name; they stay in eval mode and out of the checkpoint.
     """
 
-    Config: ClassVar[type[Section]]
+    Config: ClassVar[type[MethodSection]]
     num_networks: ClassVar[int] = 1
     uses_unlabeled: ClassVar[bool] = True
     needs_teachers: ClassVar[bool] = False
@@ -39,14 +59,15 @@ class Method:
     """Images of one forward pass for each labelled image: what batch statistics are made of."""
 
     def __init__(
-        self, config: Section, networks: Sequence[nn.Module], teachers: Mapping[str, nn.Module] | None = None
+        self, config: MethodSection, networks: Sequence[nn.Module], teachers: Mapping[str, nn.Module] | None = None
     ) -> None:
         self.config = config
         self.networks = list(networks)
+        self.averages: dict[str, nn.Module] = {}  # untrained companions that belong into the checkpoint
         self.teachers = {name: teacher.eval().requires_grad_(False) for name, teacher in (teachers or {}).items()}
 
     @classmethod
-    def check(cls, config: Section, teachers: tuple[str, ...]) -> None:
+    def check(cls, config: MethodSection, teachers: tuple[str, ...]) -> None:
         """Check `[method]` against the names under `[teachers]`, before anything is trained.
 
         Raises:
@@ -65,6 +86,61 @@ class Method:
             step: number of the step, from 0.
         """
         raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Do what follows the optimiser's step; nothing, for most methods."""
+
+    def deployed(self) -> nn.Module:
+        """Return the network that is evaluated and ships."""
+        return bare(self.networks[0])
+
+    def labeled_loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy over the labelled pixels of the *global* batch, or OHEM if the recipe says so.
+
+        Args:
+            logits: `[b, K, H, W]`.
+            label: `[b, H, W]`.
+        """
+        if (ohem := self.config.ohem) is not None:
+            return supervised.ohem_cross_entropy(
+                logits, label, ohem.threshold, ohem.min_kept_per_image * label.shape[0], IGNORE_INDEX
+            )
+        return balance_processes(supervised.cross_entropy(logits, label, IGNORE_INDEX), (label != IGNORE_INDEX).sum())
+
+
+def look(teacher: nn.Module, views: Mapping[str, Tensor], wanted: Sequence[str]) -> dict:
+    """Run a frozen teacher once over just the views that are wanted.
+
+    Args:
+        teacher: network in eval mode.
+        views: name -> `[b, 3, H, W]`.
+        wanted: names; none runs nothing.
+
+    Returns:
+        name -> the teacher's output for that view.
+    """
+    if not wanted:
+        return {}
+    with torch.inference_mode():
+        output = teacher(torch.cat([views[view] for view in wanted]))
+    parts = zip(*(tensor.chunk(len(wanted)) for tensor in output), strict=True)
+    return {view: type(output)(*tensors) for view, tensors in zip(wanted, parts, strict=True)}
+
+
+def check_names(key: str, names: tuple[str, ...], teachers: tuple[str, ...]) -> None:
+    """Check that a term's teachers exist.
+
+    Raises:
+        UserError: naming the key, the teacher and the closest match.
+    """
+    for name in names:
+        if name not in teachers:
+            raise UserError(f"{key} = {name!r}: no such teacher; {did_you_mean(name, teachers)}")
+
+
+def bare(network: nn.Module) -> nn.Module:
+    """The network without its distributed wrapper, which counts one forward a backward."""
+    return getattr(network, "module", network)
 
 
 def balance_processes(local_mean: Tensor, count: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ from pydantic import Field
 
 from mgd.data.cutmix import mix
 from mgd.losses import supervised
-from mgd.methods.base import Batch, Method, StepOutput
-from mgd.methods.supervised import labeled_loss
-from mgd.recipe import Section
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, bare
 from mgd.registry import METHODS
 
 
-class CPSConfig(Section):
+class CPSConfig(MethodSection):
     """Keys of `[method]` for `cps`."""
 
     name: Literal["cps"] = "cps"
@@ -35,7 +33,7 @@ class CPS(Method):
         both = torch.cat([first, second])
         with torch.no_grad():  # in train mode, as the authors': pseudo labels by batch statistics
             pseudo_labels = [
-                mix(*_bare(network)(both).logits.chunk(2), batch["mask"]).argmax(dim=1) for network in self.networks
+                mix(*bare(network)(both).logits.chunk(2), batch["mask"]).argmax(dim=1) for network in self.networks
             ]
         # Older torch would reuse the casts made without gradient in the forward passes below.
         torch.clear_autocast_cache()
@@ -43,12 +41,7 @@ class CPS(Method):
         for network, pseudo_label in zip(self.networks, reversed(pseudo_labels), strict=True):
             logits = network(image).logits
             labeled, mixed = logits.chunk(2)
-            loss_supervised = loss_supervised + labeled_loss(labeled, batch["label"])
+            loss_supervised = loss_supervised + self.labeled_loss(labeled, batch["label"])
             loss_cps = loss_cps + supervised.cross_entropy(mixed, pseudo_label)
         loss = loss_supervised + self.config.weight * loss_cps
         return StepOutput(loss, {"loss_supervised": loss_supervised, "loss_cps": loss_cps})
-
-
-def _bare(network: torch.nn.Module) -> torch.nn.Module:
-    """The network without its distributed wrapper, which counts one forward a backward."""
-    return getattr(network, "module", network)

@@ -8,10 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mgd.data.cutmix import mix
-from mgd.errors import UserError, did_you_mean
+from mgd.errors import UserError
 from mgd.losses import mgd as losses
-from mgd.methods.base import Batch, Method, StepOutput, num_processes
-from mgd.methods.supervised import labeled_loss
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, look, num_processes
 from mgd.recipe import Positive, Section
 from mgd.registry import METHODS
 
@@ -51,7 +50,7 @@ class RegionTerm(Section):
     """Regions a side."""
 
 
-class MGDConfig(Section):
+class MGDConfig(MethodSection):
     """Keys of `[method]` for `mgd`."""
 
     name: Literal["mgd"] = "mgd"
@@ -73,10 +72,9 @@ class MGD(Method):
         super().check(config, teachers)
         used: set[str] = set()
         for term in ("pixel", "image", "region"):
-            for name in getattr(config, term).teachers:
-                if name not in teachers:
-                    raise UserError(f"{term}.teachers = {name!r}: no such teacher; {did_you_mean(name, teachers)}")
-                used.add(name)
+            names = getattr(config, term).teachers
+            check_names(f"{term}.teachers", names, teachers)
+            used |= set(names)
         if unused := sorted(set(teachers) - used):
             raise UserError(
                 f"no term uses the teacher {unused[0]!r}; name it in pixel.teachers, image.teachers or "
@@ -92,13 +90,13 @@ class MGD(Method):
             "second": batch["mix"],
             "mixed": mix(batch["unlabeled"], batch["mix"], mask),
         }
-        seen = {name: self._look(name, views) for name in self.teachers}
+        seen = {name: look(teacher, views, self._wanted(name)) for name, teacher in self.teachers.items()}
 
         student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
         labeled, mixed = student.logits.chunk(2)
         features = student.features.chunk(2)[1]
 
-        log = {"loss_supervised": labeled_loss(labeled, batch["label"])}
+        log = {"loss_supervised": self.labeled_loss(labeled, batch["label"])}
         loss = log["loss_supervised"]
         if config.pixel.teachers:
             for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
@@ -122,20 +120,15 @@ class MGD(Method):
             loss = loss + config.region.weight * log["loss_region"]
         return StepOutput(loss, log)
 
-    def _look(self, name: str, views: Mapping[str, Tensor]) -> dict:
-        """One forward of a teacher over just the images that its terms need, split again by view."""
+    def _wanted(self, name: str) -> list[str]:
+        """The views of a step on which a teacher's terms need it."""
         config, wanted = self.config, []
         if name in config.pixel.teachers:
             wanted += ["labeled"] if "labeled" in config.pixel.on else []
             wanted += ["first", "second"] if "unlabeled" in config.pixel.on else []
         if name in config.image.teachers or name in config.region.teachers:
             wanted.append("mixed")
-        if not wanted:
-            return {}
-        with torch.inference_mode():
-            output = self.teachers[name](torch.cat([views[view] for view in wanted]))
-        parts = zip(*(tensor.chunk(len(wanted)) for tensor in output), strict=True)
-        return {view: type(output)(*tensors) for view, tensors in zip(wanted, parts, strict=True)}
+        return wanted
 
 
 def _pixel_target(seen: Mapping, where: str, mask: Tensor) -> Tensor:

@@ -2,15 +2,11 @@
 
 from typing import Literal
 
-from torch import Tensor
-
-from mgd.losses import supervised
-from mgd.methods.base import Batch, Method, StepOutput, balance_processes
-from mgd.recipe import Section
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput
 from mgd.registry import METHODS
 
 
-class SupervisedConfig(Section):
+class SupervisedConfig(MethodSection):
     """Keys of `[method]` for `supervised`."""
 
     name: Literal["supervised"] = "supervised"
@@ -27,10 +23,5 @@ class Supervised(Method):
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the cross-entropy of the labelled batch."""
         logits = self.networks[0](batch["image"]).logits
-        loss = labeled_loss(logits, batch["label"])
+        loss = self.labeled_loss(logits, batch["label"])
         return StepOutput(loss, {"loss_supervised": loss})
-
-
-def labeled_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy over the labelled pixels of the *global* batch (see `balance_processes`)."""
-    return balance_processes(supervised.cross_entropy(logits, label), (label != 255).sum())

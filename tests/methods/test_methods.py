@@ -5,8 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from mgd.errors import UserError
+from mgd.losses.cwd import channel_wise
+from mgd.losses.kd import pixel_kl
+from mgd.losses.supervised import ohem_cross_entropy
+from mgd.methods.base import OHEM
 from mgd.methods.cps import CPS, CPSConfig
+from mgd.methods.cwd import CWD, CWDConfig
+from mgd.methods.kd import KD, KDConfig
+from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm
+from mgd.methods.supervised import Supervised, SupervisedConfig
 from mgd.models.segmenter import SegOutput
 
 
@@ -140,3 +149,47 @@ def test_region_level_is_not_computed_in_bf16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = region_level(student, teacher)
     assert inside.item() == region_level(student, teacher).item()
+
+
+@pytest.mark.parametrize(("method", "config", "loss"), [(KD, KDConfig, pixel_kl), (CWD, CWDConfig, channel_wise)])
+def test_kd_and_cwd_average_the_teachers_on_what_the_recipe_says(batch, method, config, loss):
+    student, deep, wide = Toy(0), Toy(1), Toy(2)
+    section = config(distill_from=("deep", "wide"), on=("unlabeled",), weight=2.0, temperature=3.0)
+    out = method(section, [student], {"deep": deep, "wide": wide}).step(batch, 0)
+    image = _mixed(batch, batch["unlabeled"], batch["mix"])
+    expected = functional.cross_entropy(student(batch["image"]).logits, batch["label"], ignore_index=255)
+    for teacher in (deep, wide):
+        expected = expected + 2.0 * loss(student(image).logits, teacher(image).logits, 3.0) / 2
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    out.loss.backward()
+    assert all(parameter.grad is None for parameter in deep.parameters())
+    with pytest.raises(UserError, match="distill_from = 'deep': no such teacher"):
+        method.check(section, ("depp",))
+
+
+def test_mean_teacher_step_and_average(batch):
+    student = Toy(0)
+    method = MeanTeacher(MeanTeacherConfig(weight=7.0, decay=0.9), [student])
+    with torch.no_grad():
+        student.classifier.weight += 0.1  # so that student and average differ
+    before = [p.clone() for p in method.average.parameters()]
+    out = method.step(batch, 3)
+    image = _mixed(batch, batch["unlabeled"], batch["mix"])
+    first, second = (method.average(batch[key]).logits.softmax(1) for key in ("unlabeled", "mix"))
+    distance = (student(image).logits.softmax(1) - _mixed(batch, first, second)).square().mean()
+    expected = functional.cross_entropy(student(batch["image"]).logits, batch["label"], ignore_index=255)
+    assert out.loss.item() == pytest.approx((expected + 7.0 * distance).item(), rel=1e-10)
+    method.after_step(3)  # 1 - 1 / 4 is still below the decay
+    for old, new, current in zip(before, method.average.parameters(), student.parameters(), strict=True):
+        assert torch.allclose(new, 0.75 * old + 0.25 * current)
+    method.after_step(1000)
+    assert method.deployed() is method.average and set(method.averages) == {"average"}
+
+
+def test_ohem_takes_the_place_of_cross_entropy(batch):
+    student = Toy(0)
+    out = Supervised(SupervisedConfig(ohem=OHEM(threshold=0.3, min_kept_per_image=20)), [student]).step(batch, 0)
+    expected = ohem_cross_entropy(student(batch["image"]).logits, batch["label"], 0.3, 40)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
+    plain = Supervised(SupervisedConfig(), [student]).step(batch, 0).loss
+    assert out.loss > plain

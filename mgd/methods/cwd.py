@@ -1,0 +1,27 @@
+"""CWD: the student imitates where each class channel of the teachers looks."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mgd.losses.cwd import channel_wise
+from mgd.methods.kd import LogitDistillation, LogitSection
+from mgd.registry import METHODS
+
+
+class CWDConfig(LogitSection):
+    """Keys of `[method]` for `cwd`."""
+
+    name: Literal["cwd"] = "cwd"
+    weight: Annotated[float, Field(ge=0)] = 3.0
+    """Weight of the distillation loss."""
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    """Divides the logits of both."""
+
+
+@METHODS.register("cwd")
+class CWD(LogitDistillation):
+    """Channel-wise KL divergence over positions (Shu et al., ICCV 2021)."""
+
+    Config = CWDConfig
+    loss = staticmethod(channel_wise)
