@@ -148,9 +148,8 @@ def split_data(recipe: Recipe, splits: Splits) -> Split:
         for index, name in enumerate(images.ids):
             values = np.unique(images.read(index, with_label=True)[1])
             presence[name] = np.isin(np.arange(len(splits.classes)), values)
-    return split(
-        recipe.partition, list(splits.labeled["id"]), list(splits.unlabeled["id"]), recipe.partition_seed, presence
-    )
+    labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
+    return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name)
 
 
 def check_classes(splits: Splits, network: nn.Module, title: str) -> None:

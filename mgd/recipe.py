@@ -23,6 +23,9 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
+PUBLIC_SHARES = ("1/16", "1/8", "1/4", "1/2")
+
+
 class Section(BaseModel):
     """Base of every recipe section: frozen, no unknown keys, no silent conversions."""
 
@@ -75,18 +78,37 @@ class DataSection(Section):
 class Partition(Section):
     """`[partition]`: which training images are labelled."""
 
-    protocol: Literal["random"] = "random"
-    """`random`: drawn by seed, the same on every machine."""
-    labeled: int | float | str
-    """How many labelled images: a count (23), a share (0.0625) or a fraction ("1/16")."""
+    protocol: Literal["random", "cps", "pseudoseg", "files"] = "random"
+    """`random`: drawn by seed, the same on every machine. `cps`, `pseudoseg`: the public lists of VOC
+    and Cityscapes. `files`: two lists of your own."""
+    labeled: int | float | str | None = None
+    """How many labelled images: a count (23), a share (0.0625) or a fraction ("1/16"); for the
+    public lists a fraction; for `files` left out."""
+    root: str | None = None
+    """Folder that holds the public lists; left out, they are fetched once and checked by SHA-256."""
+    labeled_list: str | None = None
+    """`files`: text file with one labelled image a line, by id or path."""
+    unlabeled_list: str | None = None
+    """`files`: text file with one unlabelled image a line."""
     balanced: bool = False
     """Choose images so that every class is seen about as often (reads the masks of the pool)."""
     seed: Annotated[int, Field(ge=0)] | None = None
     """Seed of the draw; left out, the run's seed."""
 
     @model_validator(mode="after")
-    def _labeled_in_range(self) -> "Partition":
-        labeled_amount(self.labeled, pool=1)
+    def _fits_the_protocol(self) -> "Partition":
+        lists = (self.labeled_list, self.unlabeled_list)
+        if self.protocol == "files":
+            if None in lists or self.labeled is not None:
+                raise ValueError('protocol = "files" needs labeled_list and unlabeled_list, and no labeled')
+        elif lists != (None, None):
+            raise ValueError('labeled_list and unlabeled_list belong to protocol = "files"')
+        elif self.labeled is None:
+            raise ValueError("labeled: missing")
+        elif self.protocol == "random":
+            labeled_amount(self.labeled, pool=1)
+        elif self.labeled not in PUBLIC_SHARES:
+            raise ValueError(f"labeled = {self.labeled!r} has no public list; choices: {', '.join(PUBLIC_SHARES)}")
         return self
 
 

@@ -75,7 +75,7 @@ class Registry(Generic[T]):
         self._plugins_loaded = True
 
 
-DATASETS: Registry[type] = Registry("data set", "mgd.datasets", ["mgd.data.datasets"])
+DATASETS: Registry[type] = Registry("data set", "mgd.datasets", ["mgd.data.datasets", "mgd.data.public"])
 HEADS: Registry[type] = Registry("head", "mgd.heads", ["mgd.models.deeplabv3plus"])
 METHODS: Registry[type] = Registry(
     "method",

@@ -67,7 +67,7 @@ class Shapes(DataSection):
         """Draw both splits."""
         return Splits(
             labeled=self._draw("train", 0, self.num_train),
-            unlabeled=_table([], []),
+            unlabeled=table([], []),
             val=self._draw("val", 1_000_000, self.num_val),
             classes=shapes.CLASSES,
             colors=default_colors(len(shapes.CLASSES)),
@@ -76,7 +76,7 @@ class Shapes(DataSection):
 
     def _draw(self, split: str, first: int, count: int) -> datasets.Dataset:
         pairs = [shapes.draw(self.draw_seed, first + index, self.size) for index in range(count)]
-        return _table(
+        return table(
             [f"{split}-{index:06d}" for index in range(count)],
             [{"bytes": _png(image), "path": None} for image, _ in pairs],
             [{"bytes": _png(label), "path": None} for _, label in pairs],
@@ -109,10 +109,10 @@ class CamVid(DataSection):
 
     def load(self) -> Splits:
         """List both splits."""
-        root = _folder(self.root, "[data] root")
+        root = existing_folder(self.root, "[data] root")
         return Splits(
             labeled=self._split(root, "train"),
-            unlabeled=_table([], []),
+            unlabeled=table([], []),
             val=self._split(root, self.val_split),
             classes=tuple(_CAMVID),
             colors=tuple(_CAMVID.values()),
@@ -120,12 +120,12 @@ class CamVid(DataSection):
         )
 
     def _split(self, root: Path, name: str) -> datasets.Dataset:
-        images = _by_stem(_folder(root / name, "CamVid images"))
-        masks = _by_stem(_folder(root / f"{name}annot", "CamVid masks"))
+        images = by_stem(existing_folder(root / name, "CamVid images"))
+        masks = by_stem(existing_folder(root / f"{name}annot", "CamVid masks"))
         missing = sorted(images.keys() ^ masks.keys())
         if missing:
-            raise UserError(f"{root}: {name}/ and {name}annot/ differ: {_some(missing)} in one of them only")
-        return _paired(images, masks)
+            raise UserError(f"{root}: {name}/ and {name}annot/ differ: {some(missing)} in one of them only")
+        return paired(images, masks)
 
 
 @DATASETS.register("folder")
@@ -151,23 +151,23 @@ class Folder(DataSection):
             raise UserError(
                 f"[data] colors has {len(self.colors)} entries, classes {len(self.classes)}; one colour a class"
             )
-        images, masks = self._pairs(_folder(self.root, "[data] root"))
+        images, masks = self._pairs(existing_folder(self.root, "[data] root"))
         if self.val_root is None:
             names = sorted(masks, key=lambda name: hashlib.sha256(name.encode()).digest())
             if len(names) < 2:
                 raise UserError(f"{self.root}: one image with a mask; at least 2 are needed (one to evaluate)")
             held_out = names[: min(max(1, round(self.val_share * len(names))), len(names) - 1)]
-            val = _paired(images, {name: masks.pop(name) for name in held_out})
+            val = paired(images, {name: masks.pop(name) for name in held_out})
         else:
-            val = _paired(*self._pairs(_folder(self.val_root, "[data] val_root")))
+            val = paired(*self._pairs(existing_folder(self.val_root, "[data] val_root")))
             held_out = []
         pool = {name: path for name, path in images.items() if name not in masks and name not in held_out}
         unlabeled = Path(self.root) / "unlabeled"
         if unlabeled.is_dir():
-            pool |= {f"unlabeled/{name}": path for name, path in _by_stem(unlabeled).items()}
+            pool |= {f"unlabeled/{name}": path for name, path in by_stem(unlabeled).items()}
         return Splits(
-            labeled=_paired(images, masks),
-            unlabeled=_table(sorted(pool), [str(pool[name]) for name in sorted(pool)]),
+            labeled=paired(images, masks),
+            unlabeled=table(sorted(pool), [str(pool[name]) for name in sorted(pool)]),
             val=val,
             classes=self.classes,
             colors=self.colors or default_colors(len(self.classes)),
@@ -175,11 +175,11 @@ class Folder(DataSection):
         )
 
     def _pairs(self, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-        images = _by_stem(_folder(root / "images", "images"))
-        masks = _by_stem(_folder(root / "masks", "masks"))
+        images = by_stem(existing_folder(root / "images", "images"))
+        masks = by_stem(existing_folder(root / "masks", "masks"))
         orphans = sorted(masks.keys() - images.keys())
         if orphans:
-            raise UserError(f"{root}: masks without an image of the same stem: {_some(orphans)}")
+            raise UserError(f"{root}: masks without an image of the same stem: {some(orphans)}")
         if not masks:
             raise UserError(f"{root / 'masks'}: no mask files ({', '.join(SUFFIXES)})")
         return images, masks
@@ -198,7 +198,8 @@ def default_colors(num_classes: int) -> tuple[Color, ...]:
     return tuple(colors)
 
 
-def _table(ids: list[str], images: list, labels: list | None = None) -> datasets.Dataset:
+def table(ids: list[str], images: list, labels: list | None = None) -> datasets.Dataset:
+    """Return a data set of ids, images and labels (paths, or {"bytes", "path"})."""
     columns: dict[str, list] = {"id": ids, "image": images}
     features = {"id": datasets.Value("string"), "image": datasets.Image()}
     if labels is not None:
@@ -206,19 +207,25 @@ def _table(ids: list[str], images: list, labels: list | None = None) -> datasets
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _paired(images: dict[str, Path], masks: dict[str, Path]) -> datasets.Dataset:
+def paired(images: dict[str, Path], masks: dict[str, Path]) -> datasets.Dataset:
+    """Return the images that have a mask, with it, sorted by id."""
     names = sorted(masks)
-    return _table(names, [str(images[name]) for name in names], [str(masks[name]) for name in names])
+    return table(names, [str(images[name]) for name in names], [str(masks[name]) for name in names])
 
 
-def _folder(path: str | Path, what: str) -> Path:
+def existing_folder(path: str | Path, what: str) -> Path:
+    """Return `path` if it is a folder.
+
+    Raises:
+        UserError: it is not; `what` says what was looked for.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{what}: the folder {path} does not exist (paths are relative to the working directory)")
     return path
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def by_stem(folder: Path) -> dict[str, Path]:
     """Map relative path without suffix -> file, for the image files below a folder."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
@@ -231,7 +238,8 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from mgd.data.lists import match, own_lists, public_lists
 from mgd.errors import UserError
 from mgd.recipe import Partition, labeled_amount
 
@@ -37,8 +38,9 @@ def split(
     without_mask: Sequence[str],
     seed: int,
     presence: Mapping[str, np.ndarray] | None = None,
+    data_name: str = "",
 ) -> Split:
-    """Divide the training images.
+    """Divide the training images, by lists or by a draw.
 
     The draw orders ids by SHA-256 of seed and id: the same on every machine and version, and a
     larger share contains the smaller one.
@@ -49,12 +51,16 @@ def split(
         without_mask: ids that cannot; always unlabelled.
         seed: seed of the draw.
         presence: id -> `[K]` bool, the classes an image shows; needed for a balanced choice.
+        data_name: the data set, which chooses among the public lists.
 
     Raises:
-        UserError: more labels wanted than there are masks, or no masks at all.
+        UserError: more labels wanted than there are masks, no masks at all, or lists that do not
+            fit the data.
     """
     if not with_mask:
         raise UserError("no training image has a mask; a run needs at least one labelled image")
+    if section.protocol != "random":
+        return _by_lists(section, with_mask, without_mask, data_name)
     wanted = labeled_amount(section.labeled, len(with_mask))
     if wanted > len(with_mask):
         raise UserError(
@@ -64,6 +70,18 @@ def split(
     chosen = _balanced(drawn, wanted, presence) if section.balanced else drawn[:wanted]
     rest = set(with_mask) - set(chosen)
     return Split(labeled=tuple(sorted(chosen)), unlabeled=tuple(sorted(rest | set(without_mask))))
+
+
+def _by_lists(section: Partition, with_mask: Sequence[str], without_mask: Sequence[str], data_name: str) -> Split:
+    lists = own_lists(section) if section.protocol == "files" else public_lists(section, data_name)
+    where = section.labeled_list or f"the {section.protocol} list {section.labeled}"
+    labeled = match(lists[0], with_mask, f"{where} (labelled)")
+    unlabeled = match(lists[1], {*with_mask, *without_mask}, f"{section.unlabeled_list or where} (unlabelled)")
+    both = sorted(set(labeled) & set(unlabeled))
+    if both and section.protocol == "files":
+        raise UserError(f"{where}: {both[0]} stands in both lists")
+    # One public list (PseudoSeg, 1/16) names a labelled image among the unlabelled; it is labelled.
+    return Split(labeled=tuple(sorted(labeled)), unlabeled=tuple(sorted(set(unlabeled) - set(both))))
 
 
 def _balanced(drawn: Sequence[str], wanted: int, presence: Mapping[str, np.ndarray]) -> list[str]:

@@ -21,12 +21,14 @@ class LabelDecoder:
         remap: mask value -> class for values that differ (CamVid: 11 -> 255).
         colors: colour table of an RGB-coded mask, one (r, g, b) a class; empty for index masks.
         ignore_color: colour of pixels without a label; any colour outside the table is an error.
+        palette_is_index: with `colors`, masks of mode P or L still hold indices (VOC).
     """
 
     num_classes: int
     remap: tuple[tuple[int, int], ...] = ()
     colors: tuple[tuple[int, int, int], ...] = ()
     ignore_color: tuple[int, int, int] | None = None
+    palette_is_index: bool = False
 
     def __call__(self, mask: PIL.Image.Image, name: str) -> np.ndarray:
         """Decode one mask.
@@ -37,9 +39,12 @@ class LabelDecoder:
         Raises:
             UserError: a value or colour outside the classes, naming the image and the value.
         """
-        label = self._from_colors(mask, name) if self.colors else self._from_indices(mask, name)
-        for value, index in self.remap:
-            label = np.where(label == value, index, label)
+        by_color = self.colors and not (self.palette_is_index and mask.mode in ("P", "L"))
+        label = self._from_colors(mask, name) if by_color else self._from_indices(mask, name)
+        if self.remap:
+            table = np.arange(max(256, int(label.max(initial=0)) + 1))
+            table[[value for value, _ in self.remap]] = [index for _, index in self.remap]
+            label = table[label]
         wrong = (label >= self.num_classes) & (label != IGNORE_INDEX)
         if wrong.any():
             raise UserError(
