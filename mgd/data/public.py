@@ -82,10 +82,7 @@ class PublicSection(DataSection):
                 tables = datasets.load_dataset(self.hub)
             else:
                 folder = existing_folder(self.parquet, "[data] parquet")
-                files = {
-                    split: sorted(glob.glob(f"{glob.escape(str(folder))}/{split}*.parquet"))
-                    for split in ("train", "val")
-                }
+                files = {split: [str(path) for path in sorted(folder.glob(f"{split}*.parquet"))] for split in _SPLITS}
                 if missing := [split for split, names in files.items() if not names]:
                     raise UserError(f"{folder}: no {missing[0]}*.parquet")
                 tables = datasets.load_dataset("parquet", data_files=files)
