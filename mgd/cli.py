@@ -52,8 +52,12 @@ def start(recipe: Recipe) -> Accelerator:
 
 def print_table(accelerator: Accelerator, rows: Sequence[Mapping[str, Any]], output: str | None = None) -> None:
     """Print rows as a Markdown table (numbers to two decimals), and write them as JSON if asked."""
-    if not accelerator.is_main_process:
-        return
+    if accelerator.is_main_process:
+        print_rows(rows, output)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]], output: str | None = None) -> None:
+    """Print rows of one process; see `print_table`."""
     columns = list(rows[0])
     cells = [[_cell(row[column]) for column in columns] for row in rows]
     widths = [max(len(line[place]) for line in [columns, *cells]) for place in range(len(columns))]

@@ -1,6 +1,6 @@
 """Readers: a folder, or a generator, as `datasets.Dataset`s with columns `id`, `image`, `label`.
 
-A reader is the model of its own `[data]` section with a `load` method. Register one with
+A reader is the model of its own `[data]` section with the methods `load` and `class_names`. Register one with
 `@DATASETS.register("name")`; a package of yours can do so through the entry-point group
 `mgd.datasets`.
 """
@@ -63,6 +63,10 @@ class Shapes(DataSection):
     draw_seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the drawing; other seeds are other data sets."""
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the K class names, without touching data."""
+        return shapes.CLASSES
+
     def load(self) -> Splits:
         """Draw both splits."""
         return Splits(
@@ -107,6 +111,10 @@ class CamVid(DataSection):
     val_split: Annotated[str, Field(pattern="^(val|test)$")] = "val"
     """Split that is evaluated: val or test."""
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the K class names, without touching data."""
+        return tuple(_CAMVID)
+
     def load(self) -> Splits:
         """List both splits."""
         root = existing_folder(self.root, "[data] root")
@@ -144,6 +152,10 @@ class Folder(DataSection):
     """Folder with images/ and masks/ to evaluate on; left out, `val_share` is held out."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images with masks that is held out, the same one whatever the seed."""
+
+    def class_names(self) -> tuple[str, ...]:
+        """Return the K class names, without touching data."""
+        return self.classes
 
     def load(self) -> Splits:
         """List images and masks, and hold out the validation images."""

@@ -66,6 +66,10 @@ class PublicSection(DataSection):
             raise ValueError("give one of root (official folder), hub and parquet")
         return self
 
+    def class_names(self) -> tuple[str, ...]:
+        """Return the K class names, without touching data."""
+        return self._coding()[0]
+
     def load(self) -> Splits:
         """List both splits."""
         if self.root is not None:

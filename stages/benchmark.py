@@ -1,0 +1,43 @@
+"""Print what networks cost: parameters and MACs of backbone, head and total.
+
+python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+from mgd import cli  # noqa: E402
+from mgd.complexity import model_costs  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+
+
+def main() -> None:
+    """Count the student of a recipe and the teachers that it names by recipe."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--recipe", required=True, help="TOML file")
+    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key")
+    flags.add_argument("--size", type=int, nargs="+", help="sides of the image, pixels; left out, the recipe's crop")
+    flags.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    args = flags.parse_args()
+    recipe = load(args.recipe, args.set)
+    networks = {"student": recipe.student}
+    networks |= {name: load(t.recipe).student for name, t in recipe.teachers.items() if t.recipe}
+    num_classes = len(recipe.data.class_names())
+    rows = []
+    for size in args.size or [recipe.data.crop]:
+        for name, section in networks.items():
+            for part, cost in model_costs(section, num_classes, size).items():
+                row = {"network": name, "part": part, "backbone": section.backbone, "size": size}
+                row |= {"output_stride": section.output_stride, "params_m": cost.params_m, "gmacs": cost.gmacs}
+                rows.append(row | {"conv_gmacs": cost.conv_gmacs})
+    cli.print_rows(rows, args.json)
+    print("gmacs: BatchNorm counted as in the paper; conv_gmacs: torch's own count. One image, one forward pass.")
+
+
+if __name__ == "__main__":
+    cli.run(main)
