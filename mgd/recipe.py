@@ -5,6 +5,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -210,7 +211,9 @@ class Recipe:
 
     @property
     def partition_seed(self) -> int:
-        """Seed that draws the labelled images."""
+        """Seed that draws the labelled images; lists need none."""
+        if self.partition.protocol != "random":
+            return 0
         return self.run.seed if self.partition.seed is None else self.partition.seed
 
     @property
@@ -339,7 +342,12 @@ def _student_model(table: Any, errors: list[str]) -> type[Section] | None:
         errors.append(f"[student.head]: missing; give name = one of {', '.join(HEADS.names())}")
         return None
     head = _plugin(HEADS, table["head"], "student.head", errors)
-    return None if head is None else create_model("Student", __base__=ModelSection, head=(head.Config, ...))
+    return None if head is None else _with_head(head.Config)
+
+
+@functools.cache
+def _with_head(config: type[Section]) -> type[ModelSection]:
+    return create_model("Student", __base__=ModelSection, head=(config, ...))
 
 
 def _plugin(registry: Any, table: Any, where: str, errors: list[str]) -> Any:

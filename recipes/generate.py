@@ -4,9 +4,13 @@ Each recipe is written whole, so that it reads alone; a constant that many share
 here. tests/test_recipes.py fails when a file is not what this script writes.
 """
 
+import sys
 from pathlib import Path
 
-RECIPES = Path(__file__).parent
+RECIPES = Path(__file__).resolve().parent
+sys.path.insert(0, str(RECIPES))
+
+import paper  # noqa: E402
 
 CAMVID = """\
 [data]
@@ -133,9 +137,14 @@ def recipe(name: str, stage: str, note: str, size: str, sections: list[str]) -> 
     return "\n".join([head, run, *sections])
 
 
+def all_files() -> dict[str, str]:
+    """Return file name -> text of every generated recipe."""
+    return camvid() | {f"{name}.toml": text for name, text in paper.all_recipes()}
+
+
 def main() -> None:
     """Write all files."""
-    for name, text in camvid().items():
+    for name, text in all_files().items():
         (RECIPES / name).write_text(text, encoding="utf-8")
 
 
