@@ -40,7 +40,7 @@ def save_checkpoint(
             else:
                 numbers[f"{index}/{key}"] = value
     header = {"progress": dict(progress), "param_groups": state["param_groups"], "numbers": numbers}
-    for leftover in folder.glob(f".*{FILE}*"):
+    for leftover in [*folder.glob(f".*{FILE}*"), *folder.glob(".tmp*")]:
         leftover.unlink(missing_ok=True)  # of a process that was killed while writing
     write_aside(folder / FILE, lambda path: save_file(_plain(tensors), path, metadata={"mgd": json.dumps(header)}))
 

@@ -28,8 +28,19 @@ def parser(description: str) -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of the recipe"
     )
     flags.add_argument("--restart", action="store_true", help="delete what the run folder holds and start over")
-    flags.add_argument("--json", metavar="FILE", help="also write the last table as JSON")
+    flags.add_argument("--json", metavar="FILE", type=output_file, help="also write the last table as JSON")
     return flags
+
+
+def output_file(text: str) -> str:
+    """Argparse type: a file that can be written later, checked before hours are spent."""
+    path = Path(text).resolve()
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a regular file")
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {parent} is no folder that can be written to")
+    return text
 
 
 def start(recipe: Recipe) -> Accelerator:

@@ -22,7 +22,7 @@ from mgd.errors import UserError
 from mgd.files import write_json, write_text
 from mgd.inference import count_confusion, predict_logits
 from mgd.metrics import Scores, scores
-from mgd.models.segmenter import build_segmenter, check_trainable
+from mgd.models.segmenter import build_segmenter, check_trainable, fingerprint
 from mgd.optim import total_steps
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import DataSection, Recipe
@@ -67,7 +67,8 @@ def run_recipe(
     num_steps = total_steps(recipe.optim, len(partition.labeled), len(partition.unlabeled))
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            open_folder(recipe, partition, restart)
+            fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
+            open_folder(recipe, partition, fingerprints, restart)
     accelerator.print(
         f"{folder}: {recipe.method.name} {recipe.student.backbone}, {len(partition.labeled)} labelled / "
         f"{len(partition.unlabeled)} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "
@@ -134,9 +135,44 @@ def check_recipe(
     partition = split_data(recipe, splits)
     for name, teacher in (teachers or {}).items():
         check_classes(splits, teacher, f"[teachers.{name}]")
+    height, width = scan(recipe.data, partition.labeled, accelerator.is_main_process)
+    whole = (height, width) if recipe.eval.mode == "whole" else None
     images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
-    check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1)
+    check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
     return splits, partition
+
+
+@functools.lru_cache(maxsize=4)
+def scan(section: DataSection, labeled: tuple[str, ...], speaks: bool) -> tuple[int, int]:
+    """Read every label and every validation image once, before hours are spent on them.
+
+    Args:
+        section: the recipe's `[data]`.
+        labeled: ids of the labelled images.
+        speaks: announce classes that no labelled pixel shows.
+
+    Returns:
+        Height and width of the first validation image, pixels.
+
+    Raises:
+        UserError: the first image or mask that cannot be used, or no labelled pixel at all.
+    """
+    splits = load_splits(section)
+    counts = {}
+    for what, source in (("labelled", _rows(splits.labeled, labeled)), ("validation", splits.val)):
+        images = Images(source, splits.decoder, section.image_scale)
+        pixels = np.zeros(256, np.int64)
+        for index in range(len(images)):
+            pixels += np.bincount(images.read(index, with_label=True)[1].ravel(), minlength=256)
+        if pixels[:255].sum() == 0:
+            raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
+        counts[what] = pixels
+    unseen = [name for index, name in enumerate(splits.classes) if counts["labelled"][index] == 0]
+    if unseen and speaks:
+        hint = " (255 is ignored: is it painted 255?)" if counts["labelled"][255] else ""
+        print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
+    first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
+    return first.height, first.width
 
 
 def split_data(recipe: Recipe, splits: Splits) -> Split:
@@ -160,8 +196,8 @@ def check_classes(splits: Splits, network: nn.Module, title: str) -> None:
     """
     if network.classes != tuple(splits.classes):
         raise UserError(
-            f"{title} knows {len(network.classes)} classes ({', '.join(network.classes[:4])}, ...), "
-            f"the data {len(splits.classes)} ({', '.join(splits.classes[:4])}, ...); they must be the same"
+            f"{title} knows the {len(network.classes)} classes {', '.join(network.classes)}; "
+            f"the data has the {len(splits.classes)} classes {', '.join(splits.classes)}; they must be the same"
         )
 
 
@@ -209,7 +245,7 @@ def _finish(
     """Write what a finished run leaves behind; metrics.json last, for it marks the run finished."""
     log = folder / "metrics.jsonl"
     last = {"step": metrics["steps"], "val_miou": metrics["miou"]}
-    lines = log.read_text(encoding="utf-8").splitlines()
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     rows = [line for line in lines if json.loads(line).keys() != last.keys() or json.loads(line)["step"] < last["step"]]
     write_text(log, "\n".join([*rows, json.dumps(last)]) + "\n")
     network.save(folder / "model")

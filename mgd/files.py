@@ -1,5 +1,6 @@
 """Writing files so that a crash, a kill or a full disk never leaves a torn one."""
 
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,9 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         UserError: it cannot be written; what stood at `path` before still stands.
     """
+    path = path.resolve()  # through a link, to what it points to
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} cannot be written: it is not a regular file")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +34,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be written: {reason}; what stood there is intact") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -41,6 +46,22 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write strict JSON: NaN, for which JSON has no word, becomes null."""
     write_text(path, json.dumps(_no_nan(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Read a JSON object that has all `keys`.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; delete it, or start over with --restart") from error
+    if not isinstance(value, dict) or (missing := [key for key in keys if key not in value]):
+        what = f"it lacks {missing[0]!r}" if isinstance(value, dict) else "it is no object"
+        raise UserError(f"{path} is damaged: {what}; delete it, or start over with --restart")
+    return value
 
 
 def _no_nan(value: Any) -> Any:

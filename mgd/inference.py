@@ -44,7 +44,7 @@ def _starts(length: int, side: int, stride: float) -> list[int]:
     if length <= side:
         return [0]
     number = math.ceil((length - side) / (side * stride)) + 1
-    return [min(round(place * side * stride), length - side) for place in range(number)]
+    return sorted({min(round(place * side * stride), length - side) for place in range(number)})
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import shlex
 import sys
 import tomllib
@@ -158,11 +159,11 @@ class Optim(Section):
     """Not applied to norms and biases."""
     power: Annotated[float, Field(ge=0)] = 0.9
     """Exponent of the poly schedule."""
-    batch_size: Positive = 8
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 8
     """Labelled images a step over all processes; as many mixed unlabelled ones come beside them."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = None
     """Length in passes over the larger of the labelled and unlabelled sets."""
-    steps: Positive | None = None
+    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Length in optimiser steps, instead of epochs."""
 
     @model_validator(mode="after")
@@ -250,9 +251,9 @@ def labeled_amount(labeled: int | float | str, pool: int) -> int:
     """
     share = labeled
     if isinstance(labeled, str):
-        top, slash, bottom = labeled.partition("/")
-        if not (slash and top.isascii() and top.isdigit() and bottom.isascii() and bottom.isdigit() and int(bottom)):
+        if len(labeled) > 20 or re.fullmatch(r"[0-9]+/[0-9]*[1-9][0-9]*", labeled) is None:
             raise ValueError(f'{labeled!r} is no fraction such as "1/16"')
+        top, _, bottom = labeled.partition("/")
         share = int(top) / int(bottom)
     elif isinstance(labeled, int):
         if labeled < 1:
@@ -275,10 +276,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, a NUL in the path, a huge integer
         raise UserError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(raw, override)
@@ -376,12 +377,12 @@ def _validate(model: type[Section], table: Any, where: str, errors: list[str]) -
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    if not equals or len(parts) < 2 or not all(parts):
+    if not equals or not 2 <= len(parts) <= 8 or not all(parts):
         raise UserError(f"--set {override}: expected section.key=value, e.g. --set optim.lr=0.01")
     try:
         parsed = tomllib.loads(f"value = {text.strip()}")
         value = parsed["value"] if len(parsed) == 1 else text
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = text
     table = raw
     for part in parts[:-1]:

@@ -14,7 +14,7 @@ import torch
 
 from mgd.data.partitions import Split
 from mgd.errors import UserError
-from mgd.files import write_json, write_text
+from mgd.files import read_json, write_json, write_text
 from mgd.recipe import DataSection, Partition, Recipe, load
 
 # Keys of a recipe that change how a run is done, not what comes out.
@@ -35,7 +35,7 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         there = tomllib.loads((folder / "recipe.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'recipe.toml'} cannot be read: {error}; --restart starts over") from error
     path = folder / "metrics.json"
     something_to_lose = path.exists() or (folder / "checkpoint").exists()
@@ -46,28 +46,41 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
             "(--set run.name=...) or folder (--set run.output=..., where teachers and baselines follow), or "
             f"delete what is there: {recipe.command} --restart"
         )
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists() or not all(
+        (folder / "model" / name).exists() for name in ("config.json", "model.safetensors")
+    ):
+        return None  # without its model a run is taken up again from its last resume point
+    return read_json(path, ("name", "method", "backbone", "miou", "seconds", "num_labeled", "num_unlabeled"))
 
 
-def open_folder(recipe: Recipe, partition: Split, restart: bool) -> None:
+def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], restart: bool) -> None:
     """Make the run folder with `recipe.toml` and `partition.json`; `restart` empties it first.
+
+    Args:
+        recipe: the run.
+        partition: its labelled and unlabelled ids.
+        teachers: fingerprints of the teachers' weights by name; a resumed run must have the same.
+        restart: throw away what the folder holds.
 
     Raises:
         UserError: the folder cannot be made, or `restart` would delete something that is no run.
     """
     folder = recipe.run_dir
-    if restart and folder.exists():
-        if not (folder / "recipe.toml").exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and not a run; --restart deletes runs only")
-        shutil.rmtree(folder)
     try:
+        if restart and folder.exists():
+            _delete_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be made: {error.strerror or error}") from error
-    manifest = partition.manifest(recipe.partition, recipe.partition_seed)
+    manifest = partition.manifest(recipe.partition, recipe.partition_seed) | {"teachers": dict(teachers)}
     path = folder / "partition.json"
     if (folder / "checkpoint").exists() and path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path, ("labeled", "unlabeled", "num_labeled", "num_unlabeled"))
+        if there.get("teachers", {}) != manifest["teachers"]:
+            raise UserError(
+                f"{folder}: its teachers are not those that it began with; put them back, or start over: "
+                f"{recipe.command} --restart"
+            )
         if any(there[key] != manifest[key] for key in ("labeled", "unlabeled")):
             raise UserError(
                 f"{path}: the images of [data] have changed since this run began ({there['num_labeled']} labelled / "
@@ -76,6 +89,19 @@ def open_folder(recipe: Recipe, partition: Split, restart: bool) -> None:
             )
     write_text(folder / "recipe.toml", recipe.to_toml())
     write_json(path, manifest)
+
+
+def _delete_run(folder: Path) -> None:
+    folder = folder.resolve()
+    if not folder.is_dir() or (
+        any(folder.iterdir()) and not any((folder / name).exists() for name in ("recipe.toml", "checkpoint"))
+    ):
+        raise UserError(f"{folder} is not empty and not a run; --restart deletes runs only")
+    # Out of the way in one step: a kill while it is deleted must not leave half a run that looks whole.
+    aside = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def recipe_differences(there: Mapping, here: Mapping) -> list[str]:
@@ -141,7 +167,19 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
         if needed[title].teachers:
             raise UserError(f"{recipe.source}: {title} ({path}) has [teachers] of its own; only one level is trained")
         check_comparable(recipe, needed[title], title, is_baseline)
+    _check_folders({"this run": recipe, **needed})
     return needed
+
+
+def _check_folders(recipes: Mapping[str, Recipe]) -> None:
+    owners: dict[Path, tuple[str, Recipe]] = {}
+    for title, recipe in recipes.items():
+        other, owner = owners.setdefault(recipe.run_dir.resolve(), (title, recipe))
+        if recipe_differences(owner.to_dict(), recipe.to_dict()):
+            raise UserError(
+                f"{other} ({owner.source}) and {title} ({recipe.source}) would share the folder {recipe.run_dir}; "
+                "give each its own [run] name, with {seed} in it if only the seed differs"
+            )
 
 
 def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: bool) -> None:
@@ -168,11 +206,11 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
 
 def note_other_labels(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Say so when a teacher that is given by its weights learned from labels that this run hides."""
-    ours = json.loads((recipe.run_dir / "partition.json").read_text(encoding="utf-8"))
+    ours = read_json(recipe.run_dir / "partition.json", ("labeled",))
     for name, teacher in recipe.teachers.items():
         path = Path(teacher.checkpoint or "") / "partition.json"
         if teacher.checkpoint and path.exists():
-            hidden = set(json.loads(path.read_text(encoding="utf-8"))["labeled"]) - set(ours["labeled"])
+            hidden = set(read_json(path, ("labeled",))["labeled"]) - set(ours["labeled"])
             if hidden:
                 say(f"note: [teachers.{name}] learned from {len(hidden)} labels that this run does not see")
 

@@ -122,9 +122,8 @@ class StepLog:
         self.writes = accelerator.is_main_process
         self.last_step, self.last_time = start, time.perf_counter()
         if self.writes and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= start]
-            path.write_text("".join(kept), encoding="utf-8")
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _step_of(line) <= start), encoding="utf-8")
 
     def write(self, step: int, values: dict[str, torch.Tensor], lr: float) -> dict[str, float]:
         """Write one line and return it; a loss that is no number ends the run.
@@ -155,6 +154,13 @@ class StepLog:
         if self.writes:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that was cut short is written again
 
 
 def share_buffers(networks: Iterable[nn.Module]) -> None:

@@ -22,7 +22,7 @@ def main() -> None:
     flags.add_argument("--recipe", required=True, help="TOML file")
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key")
     flags.add_argument("--size", type=int, nargs="+", help="sides of the image, pixels; left out, the recipe's crop")
-    flags.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     networks = {"student": recipe.student}

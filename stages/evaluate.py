@@ -25,7 +25,7 @@ def main() -> None:
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--recipe", help="recipe whose val images are used; left out, the model's own")
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
-    flags.add_argument("--json", metavar="FILE", help="also write the table as JSON")
+    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
 
     folder = find_model(args.model)

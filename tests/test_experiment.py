@@ -1,11 +1,18 @@
 """What run_recipe promises, in this process."""
 
+import json
+import tomllib
+
+import PIL.Image
 import pytest
+import tomli_w
 from accelerate import Accelerator
 
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
+from mgd.models.segmenter import build_segmenter
 from mgd.recipe import load
+from mgd.runs import needed_recipes
 
 BACKBONES = ["resnet18d", "mobilenetv3_small_100", "mobilenetv4_conv_small", "convnext_atto", "efficientvit_b0"]
 
@@ -78,3 +85,59 @@ def test_images_that_change_under_an_unfinished_run(write_recipe):
     path.write_text(path.read_text().replace("train-000003", "train-999999"))
     with pytest.raises(UserError, match=r"the images of \[data\] have changed since this run began"):
         run_recipe(recipe, Accelerator())
+
+
+def test_classes_without_a_label_are_announced(write_recipe, capsys):
+    run_recipe(load(write_recipe(), ["partition.labeled=1", "optim.batch_size=2"]), Accelerator())
+    assert "note: no labelled pixel of class " in capsys.readouterr().out
+
+
+def test_bad_validation_masks_are_found_before_training(write_recipe, tmp_path):
+    for index in range(6):
+        for folder, value in (("images", 9), ("masks", index % 2), ("val/images", 9), ("val/masks", 7)):
+            path = tmp_path / "mine" / folder / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.Image.new("L", (40, 40), value).save(path)
+    mine = str(tmp_path / "mine")
+    table = tomllib.loads(write_recipe().read_text())
+    table["data"] = {"name": "folder", "root": mine, "classes": ["a", "b"], "val_root": f"{mine}/val", "crop": 32}
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps(table))
+    with pytest.raises(UserError, match="mask of 0: value 7 is no class"):
+        run_recipe(load(path), Accelerator())
+    assert not load(path).run_dir.exists()
+
+
+def test_a_resumed_student_must_have_its_teachers(write_recipe):
+    terms = {"name": "mgd", "pixel": {"teachers": ["deep"]}}
+    recipe = load(write_recipe(method=terms, teachers={"deep": {"checkpoint": "x"}}))
+    classes = recipe.data.class_names()
+    first, other = (build_segmenter(recipe.student, classes, [(0, 0, 0)] * 7, seed) for seed in (0, 1))
+    run_recipe(recipe, Accelerator(), {"deep": first})
+    (recipe.run_dir / "metrics.json").unlink()
+    with pytest.raises(UserError, match="its teachers are not those that it began with"):
+        run_recipe(recipe, Accelerator(), {"deep": other})
+    run_recipe(recipe, Accelerator(), {"deep": first})
+
+
+def test_damaged_run_files_are_one_line(write_recipe):
+    recipe = load(write_recipe())
+    run_recipe(recipe, Accelerator())
+    whole = (recipe.run_dir / "metrics.json").read_text()
+    for text in ("", "{}", "[]", whole[:40]):
+        (recipe.run_dir / "metrics.json").write_text(text)
+        with pytest.raises(UserError, match="metrics.json (cannot be read|is damaged)"):
+            run_recipe(recipe, Accelerator())
+    (recipe.run_dir / "metrics.json").write_text(whole)
+    (recipe.run_dir / "model" / "model.safetensors").unlink()
+    again = run_recipe(recipe, Accelerator())
+    assert again["miou"] == json.loads(whole)["miou"] and (recipe.run_dir / "model" / "model.safetensors").exists()
+
+
+def test_runs_that_would_share_a_folder_are_refused(write_recipe, tmp_path):
+    write_recipe("deep.toml", run={"name": "same"})
+    terms = {"name": "mgd", "pixel": {"teachers": ["deep"]}}
+    teacher = {"deep": {"recipe": str(tmp_path / "deep.toml")}}
+    recipe = load(write_recipe("mgd.toml", run={"name": "same"}, method=terms, teachers=teacher))
+    with pytest.raises(UserError, match=r"this run \(.*mgd.toml\) and deep \(.*deep.toml\) would share the folder"):
+        needed_recipes(recipe)

@@ -8,6 +8,7 @@ A reader is the model of its own `[data]` section with the methods `load` and `c
 import dataclasses
 import hashlib
 import io
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -142,7 +143,7 @@ class Folder(DataSection):
 
     root: str
     """Folder that holds images/ and masks/; images without a mask are unlabelled."""
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
     """Class names; mask value i is classes[i], 255 is ignored."""
     colors: tuple[Color, ...] = ()
     """For colour-coded masks: one [r, g, b] a class. Left empty, masks hold class indices."""
@@ -159,10 +160,7 @@ class Folder(DataSection):
 
     def load(self) -> Splits:
         """List images and masks, and hold out the validation images."""
-        if self.colors and len(self.colors) != len(self.classes):
-            raise UserError(
-                f"[data] colors has {len(self.colors)} entries, classes {len(self.classes)}; one colour a class"
-            )
+        self._check_keys()
         images, masks = self._pairs(existing_folder(self.root, "[data] root"))
         if self.val_root is None:
             names = sorted(masks, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -176,7 +174,10 @@ class Folder(DataSection):
         pool = {name: path for name, path in images.items() if name not in masks and name not in held_out}
         unlabeled = Path(self.root) / "unlabeled"
         if unlabeled.is_dir():
-            pool |= {f"unlabeled/{name}": path for name, path in by_stem(unlabeled).items()}
+            more = {f"unlabeled/{name}": path for name, path in by_stem(unlabeled).items()}
+            if clash := sorted(more.keys() & images.keys()):
+                raise UserError(f"{self.root}: images/{clash[0]} and {clash[0]} would share an id; rename one")
+            pool |= more
         return Splits(
             labeled=paired(images, masks),
             unlabeled=table(sorted(pool), [str(pool[name]) for name in sorted(pool)]),
@@ -185,6 +186,26 @@ class Folder(DataSection):
             colors=self.colors or default_colors(len(self.classes)),
             decoder=LabelDecoder(len(self.classes), colors=self.colors, ignore_color=self.ignore_color),
         )
+
+    def _check_keys(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            UserError: names or colours that come twice, or do not match; val_root equal to root.
+        """
+        used = [*self.colors, *([self.ignore_color] if self.ignore_color else [])]
+        problems = {
+            f"colors has {len(self.colors)} entries, classes {len(self.classes)}; one colour a class": self.colors
+            and len(self.colors) != len(self.classes),
+            "classes: a name comes twice": len(set(self.classes)) < len(self.classes),
+            "colors, ignore_color: a colour comes twice": len(set(used)) < len(used),
+            "ignore_color is for colour-coded masks; give colors too": self.ignore_color and not self.colors,
+            "val_root is root: the score would be on the training images": self.val_root is not None
+            and Path(self.val_root).resolve() == Path(self.root).resolve(),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise UserError(f"[data] {problem}")
 
     def _pairs(self, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
         images = by_stem(existing_folder(root / "images", "images"))
@@ -241,9 +262,14 @@ def by_stem(folder: Path) -> dict[str, Path]:
     """Map relative path without suffix -> file, for the image files below a folder."""
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
+        place = path.relative_to(folder)
+        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in place.parts) or path.is_dir():
             continue
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        try:
+            place.as_posix().encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{folder}: the file name {str(place)!r} is not UTF-8; rename it") from error
+        stem = unicodedata.normalize("NFC", place.with_suffix("").as_posix())
         if stem in found:
             raise UserError(f"{folder}: {found[stem].name} and {path.name} share a stem; rename one")
         found[stem] = path

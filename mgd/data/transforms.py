@@ -42,13 +42,14 @@ class LabelDecoder:
         by_color = self.colors and not (self.palette_is_index and mask.mode in ("P", "L"))
         label = self._from_colors(mask, name) if by_color else self._from_indices(mask, name)
         if self.remap:
-            table = np.arange(max(256, int(label.max(initial=0)) + 1))
+            table = np.arange(256)
             table[[value for value, _ in self.remap]] = [index for _, index in self.remap]
-            label = table[label]
-        wrong = (label >= self.num_classes) & (label != IGNORE_INDEX)
+            known = (label >= 0) & (label < 256)
+            label = np.where(known, table[np.where(known, label, 0)], label)
+        wrong = ((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)
         if wrong.any():
             raise UserError(
-                f"mask of {name}: value {int(label[wrong][0])} is no class; the data set has "
+                f"mask of {name}: value {label[wrong][0]} is no class; the data set has "
                 f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore"
             )
         return label.astype(np.uint8)
@@ -61,7 +62,10 @@ class LabelDecoder:
             return channels[..., 0].astype(np.int64)
         if mask.mode in ("LA", "PA"):
             mask = mask.getchannel(0)
-        return np.asarray(mask).astype(np.int64)
+        values = np.asarray(mask)
+        if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.floor(values))).all():
+            raise UserError(f"mask of {name} holds fractions; masks are class indices 0, 1, 2, ... and 255 for ignore")
+        return values.astype(np.int64)
 
     def _from_colors(self, mask: PIL.Image.Image, name: str) -> np.ndarray:
         rgb = np.asarray(mask.convert("RGB")).astype(np.int64)

@@ -16,9 +16,9 @@ class DeepLabV3PlusConfig(Section):
     """Keys of `[student.head]` for `deeplabv3plus`."""
 
     name: Literal["deeplabv3plus"] = "deeplabv3plus"
-    channels: Positive = 256
+    channels: Annotated[int, Field(gt=0, le=8192)] = 256
     """Width of ASPP and decoder."""
-    low_level_channels: Positive = 48
+    low_level_channels: Annotated[int, Field(gt=0, le=8192)] = 48
     """Width of the stride-4 branch (the paper: 48, and 24 for MobileNetV2)."""
     aspp_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (6, 12, 18)
     """Dilations of the 3x3 ASPP branches."""

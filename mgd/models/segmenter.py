@@ -1,5 +1,6 @@
 """The segmenter: plain pixels in, logits at input size out; saved as safetensors + config.json."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,23 @@ def build_segmenter(section: ModelSection, classes: Sequence[str], colors: Seque
     return model.to(memory_format=torch.channels_last)
 
 
-def check_trainable(section: ModelSection, num_classes: int, images: int, crop: int, several_processes: bool) -> None:
+def fingerprint(model: nn.Module) -> str:
+    """Return a SHA-256 over all weights, to tell whether two networks are the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_trainable(
+    section: ModelSection,
+    num_classes: int,
+    images: int,
+    crop: int,
+    several_processes: bool,
+    whole: tuple[int, int] | None = None,
+) -> None:
     """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
 
     Args:
@@ -100,6 +117,7 @@ def check_trainable(section: ModelSection, num_classes: int, images: int, crop: 
         images: images of one forward pass of one process.
         crop: side of the training crop, pixels.
         several_processes: a parameter without gradient, which they cannot share, is then an error.
+        whole: height and width of an image that is evaluated at once, pixels.
 
     Raises:
         UserError: the network cannot train at this size, or its weights cannot be had.
@@ -120,6 +138,13 @@ def check_trainable(section: ModelSection, num_classes: int, images: int, crop: 
         raise UserError(
             f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: {reason}; "
             "choose another [data] crop or backbone"
+        ) from error
+    try:
+        model.eval()(torch.empty(1, 3, *(whole or (crop, crop)), device="meta"))
+    except Exception as error:
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
+            f'crops of {crop}x{crop}; set [eval] mode = "slide"'
         ) from error
     idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     if idle and several_processes:
@@ -180,10 +205,17 @@ def _read_config(path: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no model's config.json")
     missing = [key for key in ("format", "model", "classes", "colors") if key not in config]
     if missing or config["format"] != FORMAT:
         raise UserError(
             f"{path}: not a model of this version (format {config.get('format')!r}, ours {FORMAT}); "
             "install the version of mgd that wrote it"
         )
+    classes, colors = config["classes"], config["colors"]
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    painted = isinstance(colors, list) and all(isinstance(color, list) and len(color) == 3 for color in colors)
+    if not (named and painted and len(classes) == len(colors) and isinstance(config["model"], dict)):
+        raise UserError(f"{path}: classes must be names and colors as many [r, g, b]")
     return config

@@ -1,4 +1,5 @@
 import hashlib
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -105,10 +106,9 @@ def test_folder_with_colours_and_a_val_folder(folder, tmp_path):
         mask = folder / "masks" / f"street {index}.png"
         values = np.asarray(PIL.Image.open(mask))
         _save(mask, np.array([[9, 9, 9], [200, 0, 0]], np.uint8)[values])
-    (folder / "masks").rename(tmp_path / "kept")
-    (tmp_path / "kept").rename(folder / "masks")
+    other = shutil.copytree(folder, tmp_path / "other")
     section = Folder(
-        name="folder", root=str(folder), classes=("a", "b"), colors=((9, 9, 9), (200, 0, 0)), val_root=str(folder)
+        name="folder", root=str(folder), classes=("a", "b"), colors=((9, 9, 9), (200, 0, 0)), val_root=str(other)
     )
     splits = section.load()
     assert (len(splits.labeled), len(splits.val)) == (8, 8) and splits.colors[1] == (200, 0, 0)
@@ -131,6 +131,30 @@ def test_folder_that_does_not_fit(folder, damage, message):
     damage(folder)
     with pytest.raises(UserError, match=message):
         Folder(name="folder", root=str(folder), classes=("a", "b")).load()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": ("a", "a")}, "classes: a name comes twice"),
+        ({"colors": ((0, 0, 0), (0, 0, 0))}, "a colour comes twice"),
+        ({"colors": ((0, 0, 0), (1, 1, 1)), "ignore_color": (1, 1, 1)}, "a colour comes twice"),
+        ({"ignore_color": (1, 1, 1)}, "ignore_color is for colour-coded masks"),
+        ({"colors": ((0, 0, 0),)}, "colors has 1 entries, classes 2"),
+    ],
+)
+def test_settings_that_contradict_themselves(folder, changes, message):
+    with pytest.raises(UserError, match=message):
+        Folder(**{"name": "folder", "root": str(folder), "classes": ("a", "b"), **changes}).load()
+    with pytest.raises(UserError, match="val_root is root"):
+        Folder(name="folder", root=str(folder), classes=("a", "b"), val_root=f"{folder}/.").load()
+
+
+def test_hidden_copies_and_folders_are_no_images(folder):
+    _save(folder / "images" / ".ipynb_checkpoints" / "street 0-checkpoint.png", np.zeros((4, 4, 3)))
+    (folder / "images" / "folder.png").mkdir()
+    ids = Folder(name="folder", root=str(folder), classes=("a", "b")).load().unlabeled["id"][:]
+    assert not [name for name in ids if "checkpoint" in name or name == "folder"]
 
 
 def test_bad_files_are_named(folder):

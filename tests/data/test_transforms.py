@@ -93,6 +93,13 @@ def test_label_decoder_reads_indices_palettes_and_colours():
 def test_label_decoder_names_what_is_wrong():
     with pytest.raises(UserError, match="mask of street/7: value 9 is no class; the data set has 3 classes"):
         LabelDecoder(3)(PIL.Image.new("L", (2, 2), 9), "street/7")
+    for value in (-9999, -256, 300):
+        with pytest.raises(UserError, match=f"mask of x: value {value} is no class"):
+            LabelDecoder(3)(PIL.Image.fromarray(np.full((1, 1), value, np.int32)), "x")
+        with pytest.raises(UserError, match=f"value {value} is no class"):
+            LabelDecoder(3, remap=((7, 0),))(PIL.Image.fromarray(np.full((1, 1), value, np.int32)), "x")
+    with pytest.raises(UserError, match="mask of x holds fractions"):
+        LabelDecoder(3)(PIL.Image.fromarray(np.full((1, 1), 0.5, np.float32)), "x")
     with pytest.raises(UserError, match=r"mask of x: colour \[4, 5, 6\] is not in \[data\] colors"):
         LabelDecoder(1, colors=((0, 0, 0),))(PIL.Image.new("RGB", (1, 1), (4, 5, 6)), "x")
     with pytest.raises(UserError, match=r"mask of x is a colour image; give \[data\] colors"):

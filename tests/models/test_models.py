@@ -143,7 +143,9 @@ def test_loading_is_strict(tmp_path):
     build_segmenter(_section(), CLASSES, COLORS, seed=0).save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
-        ({"classes": ["a", "b"]}, "the weights do not fit config.json"),
+        ({"classes": ["a", "b"], "colors": [[0, 0, 0]] * 2}, "the weights do not fit config.json"),
+        ({"classes": ["a", "b"]}, "classes must be names and colors as many"),
+        ({"colors": None}, "classes must be names and colors as many"),
         ({"model": {**config["model"], "backbone": "test_resnet2"}}, "no such model"),
         ({"model": {**config["model"], "os": 1}}, r"config.json: \[student\] os: unknown key"),
         ({"format": 99}, "format 99, ours 1"),
