@@ -50,13 +50,7 @@ def train(
     averages = {name: network.to(accelerator.device) for name, network in method.averages.items()}
     modules = {f"network{index}": network for index, network in enumerate(networks)} | averages
     optimizer = build_optimizer(recipe.optim, networks)
-    progress = load_checkpoint(folder / "checkpoint", modules, optimizer) or {"step": 0, "seconds": 0.0}
-    if differences := recipe_differences(progress.get("recipe", {}), recipe.to_dict()) if progress["step"] else []:
-        raise UserError(
-            f"{folder / 'checkpoint'} is of another recipe ({'; '.join(differences[:4])}); start over: "
-            f"{recipe.command} --restart"
-        )
-    start, seconds = progress["step"], progress["seconds"]
+    start, seconds = _resume(folder / "checkpoint", modules, optimizer, recipe)
     if start:
         accelerator.print(f"{folder}: goes on at step {start} of {num_steps}")
     *method.networks, optimizer = accelerator.prepare(*networks, optimizer)
@@ -105,6 +99,20 @@ def train(
     method.networks = networks
     accelerator.free_memory()  # a teacher's optimiser must not stay while its student trains
     return seconds + time.perf_counter() - began
+
+
+def _resume(
+    folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, recipe: Recipe
+) -> tuple[int, float]:
+    """Load the resume point in place, if there is one; return steps done and seconds spent."""
+    progress = load_checkpoint(folder, modules, optimizer)
+    if progress is None:
+        return 0, 0.0
+    if differences := recipe_differences(progress.get("recipe", {}), recipe.to_dict()):
+        raise UserError(
+            f"{folder} is of another recipe ({'; '.join(differences[:4])}); start over: {recipe.command} --restart"
+        )
+    return progress["step"], progress["seconds"]
 
 
 class StepLog:

@@ -1,0 +1,56 @@
+"""Check the data of a recipe, file by file, before a week of training starts.
+
+python stages/prepare.py --recipe recipes/voc_r18_1-8.toml
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+from tqdm import tqdm  # noqa: E402
+
+from mgd import cli  # noqa: E402
+from mgd.data.loaders import Images  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.experiment import load_splits, split_data  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+
+
+def main() -> None:
+    """Read every image and every mask once; list what is wrong and print the counts."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--recipe", required=True, help="TOML file")
+    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key")
+    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the counts as JSON")
+    args = flags.parse_args()
+    recipe = load(args.recipe, args.set)
+    splits = load_splits(recipe.data)
+
+    problems, rows = [], []
+    for name, source, with_label in (
+        ("train, with mask", splits.labeled, True),
+        ("train, without mask", splits.unlabeled, False),
+        ("val", splits.val, True),
+    ):
+        images, sizes = Images(source, splits.decoder), set()
+        before = len(problems)
+        for index in tqdm(range(len(images)), desc=name, disable=None, leave=False):
+            try:
+                sizes.add(images.read(index, with_label)[0].size)
+            except UserError as error:
+                problems.append(f"{name}: {error}")
+        sides = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else ""
+        rows.append({"images": name, "count": len(images), "unusable": len(problems) - before, "sizes": sides})
+    cli.print_rows(rows, args.json)
+    if problems:
+        raise UserError("\n".join(problems))
+    partition = split_data(recipe, splits)
+    print(f"partition: {len(partition.labeled)} labelled / {len(partition.unlabeled)} unlabelled; nothing is wrong")
+
+
+if __name__ == "__main__":
+    cli.run(main)
