@@ -5,7 +5,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mgd.data.loaders import Images, TrainingPairs, evaluation_loader, per_proce
 from mgd.data.partitions import Split, split
 from mgd.errors import UserError
 from mgd.files import write_json, write_text
-from mgd.inference import count_confusion, predict_logits
+from mgd.inference import count_confusion, predict
 from mgd.metrics import Scores, scores
 from mgd.models.segmenter import build_segmenter, check_trainable, fingerprint
 from mgd.optim import total_steps
@@ -201,8 +201,22 @@ def check_classes(splits: Splits, network: nn.Module, title: str) -> None:
         )
 
 
-def evaluate_network(network: nn.Module, images: Images, recipe: Recipe, accelerator: Accelerator) -> Scores:
-    """Evaluate on all processes; each takes its share of the images, once."""
+def evaluate_network(
+    network: nn.Module,
+    images: Images,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    keep: Callable[[str, torch.Tensor], None] | None = None,
+) -> Scores:
+    """Evaluate on all processes; each takes its share of the images, once.
+
+    Args:
+        network: segmenter, on the accelerator's device.
+        images: images with labels.
+        recipe: `[eval]` and `[data]` are used.
+        accelerator: device, processes and precision.
+        keep: called with the id and the predicted classes `[H, W]` of each image.
+    """
     network.eval()
     num_classes = len(network.classes)
     loader = evaluation_loader(
@@ -213,7 +227,9 @@ def evaluate_network(network: nn.Module, images: Images, recipe: Recipe, acceler
         accelerator.num_processes,
     )
     with accelerator.autocast():
-        confusion = count_confusion(network, loader, num_classes, recipe.eval, recipe.data.crop, accelerator.device)
+        confusion = count_confusion(
+            network, loader, num_classes, recipe.eval, recipe.data.crop, accelerator.device, keep
+        )
     return scores(accelerator.reduce(confusion, reduction="sum"))
 
 
@@ -256,7 +272,7 @@ def _finish(
         image, label = val.read(index, with_label=True)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
         with torch.inference_mode():
-            logits = predict_logits(network, pixels, recipe.eval, recipe.data.crop)
-        rows.append((np.asarray(image), label, logits.argmax(dim=1)[0].cpu().numpy()))
+            prediction = predict(network, pixels, recipe.eval, recipe.data.crop)
+        rows.append((np.asarray(image), label, prediction[0].cpu().numpy()))
     save_overlays(rows, splits.colors, folder / "overlays.png")
     write_json(folder / "metrics.json", metrics)

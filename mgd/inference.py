@@ -2,17 +2,46 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mgd.metrics import confusion_matrix
 from mgd.recipe import Eval
 
 
+def predict(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:
+    """Predict classes, with the recipe's test-time scales and flip.
+
+    Args:
+        model: segmenter in eval mode.
+        image: `[B, 3, H, W]`, pixel values 0..255.
+        section: the recipe's `[eval]`.
+        crop: side of the sliding window when `section.crop` is left out, pixels.
+
+    Returns:
+        `[B, H, W]` int64 classes.
+    """
+    if section.scales == (1.0,) and not section.flip:
+        return predict_logits(model, image, section, crop).argmax(dim=1)
+    size, total = image.shape[-2:], 0.0
+    for scale in section.scales:
+        scaled = image.float()
+        if scale != 1.0:
+            target = [max(1, round(side * scale)) for side in size]
+            scaled = functional.interpolate(scaled, size=target, mode="bilinear", align_corners=False)
+        for mirrored in (False, True) if section.flip else (False,):
+            logits = predict_logits(model, scaled.flip(-1) if mirrored else scaled, section, crop)
+            logits = logits.flip(-1) if mirrored else logits
+            logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            total = total + logits.softmax(dim=1)
+    return total.argmax(dim=1)
+
+
 def predict_logits(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:
-    """Predict a batch of images of one size.
+    """Predict a batch of images of one size, at one scale.
 
     Args:
         model: segmenter in eval mode.
@@ -49,7 +78,13 @@ def _starts(length: int, side: int, stride: float) -> list[int]:
 
 @torch.inference_mode()
 def count_confusion(
-    model: nn.Module, loader: Iterable, num_classes: int, section: Eval, crop: int, device: torch.device
+    model: nn.Module,
+    loader: Iterable,
+    num_classes: int,
+    section: Eval,
+    crop: int,
+    device: torch.device,
+    keep: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Run a model over labelled images.
 
@@ -60,6 +95,7 @@ def count_confusion(
         section: the recipe's `[eval]`.
         crop: sliding window when `section.crop` is left out, pixels.
         device: where to compute.
+        keep: called with the id and the predicted classes `[H, W]` of each image.
 
     Returns:
         `[K, K]` int64 confusion matrix on `device`.
@@ -67,7 +103,9 @@ def count_confusion(
     total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for items in loader:
         for _, group in itertools.groupby(items, key=lambda item: item[1].shape):
-            _, images, labels = zip(*group, strict=True)
-            logits = predict_logits(model, torch.stack(images).to(device), section, crop)
-            total += confusion_matrix(logits.argmax(dim=1), torch.stack(labels).to(device), num_classes)
+            names, images, labels = zip(*group, strict=True)
+            classes = predict(model, torch.stack(images).to(device), section, crop)
+            total += confusion_matrix(classes, torch.stack(labels).to(device), num_classes)
+            for name, prediction in zip(names, classes.cpu(), strict=True) if keep else ():
+                keep(name, prediction)
     return total

@@ -1,12 +1,15 @@
 """The two pictures of a run: curves.png and overlays.png."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import PIL.Image
+from torch import Tensor
+
+from mgd.errors import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -39,6 +42,34 @@ def colorize(label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.nd
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Lay class colours over an image `[H, W, 3]` uint8, half transparent."""
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
+
+
+def save_prediction(
+    folder: Path,
+    colors: Sequence[tuple[int, int, int]],
+    encode: Callable[[np.ndarray], np.ndarray],
+    name: str,
+    classes: Tensor,
+) -> None:
+    """Save predicted classes as a palette PNG below `folder`.
+
+    Args:
+        folder: made when missing; an id with slashes makes folders below it, never outside.
+        colors: class colours.
+        encode: turns classes into the values that the data set's masks hold.
+        name: id of the image.
+        classes: `[H, W]`.
+    """
+    path = (folder / f"{name}.png").resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{name}: the id would be written outside {folder}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = encode(classes.numpy())
+    palette = np.full((256, 3), 255, np.uint8)
+    palette[encode(np.arange(len(colors)))] = colors
+    picture = PIL.Image.fromarray(values).convert("L")
+    picture.putpalette(palette.flatten().tolist())
+    picture.save(path)
 
 
 def save_overlays(

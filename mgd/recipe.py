@@ -184,6 +184,10 @@ class Eval(Section):
     """Step of the window as a share of its side."""
     batch_size: Positive = 8
     """Images (or windows) predicted at once a process."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    """Test-time scales; of several, and of flip, the mean of the class probabilities counts."""
+    flip: bool = False
+    """Predict the mirrored image too."""
     every: Annotated[int, Field(ge=0)] = 0
     """Steps between two evaluations while training; 0 = only at the end."""
     baselines: tuple[str, ...] = ()

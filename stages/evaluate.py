@@ -11,11 +11,15 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
+import functools  # noqa: E402
+from pathlib import Path  # noqa: E402
+
 from mgd import cli  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import check_classes, evaluate_network, load_splits  # noqa: E402
 from mgd.models.segmenter import find_model, load_segmenter  # noqa: E402
+from mgd.plots import save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
 
@@ -25,6 +29,7 @@ def main() -> None:
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--recipe", help="recipe whose val images are used; left out, the model's own")
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
+    flags.add_argument("--save-predictions", metavar="DIR", help="write a palette PNG of class indices an image")
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
 
@@ -38,7 +43,10 @@ def main() -> None:
     splits = load_splits(recipe.data)
     check_classes(splits, network, args.model)
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
-    result = evaluate_network(network, images, recipe, accelerator)
+    keep = None
+    if args.save_predictions:
+        keep = functools.partial(save_prediction, Path(args.save_predictions), splits.colors, splits.decoder.encode)
+    result = evaluate_network(network, images, recipe, accelerator, keep)
 
     rows = [{"class": name, "IoU %": iou} for name, iou in zip(splits.classes, result.iou, strict=True)]
     absent = [name for name, iou in zip(splits.classes, result.iou, strict=True) if iou != iou]

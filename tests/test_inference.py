@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from mgd.inference import _starts, predict_logits
+from mgd.inference import _starts, predict, predict_logits
 from mgd.models.segmenter import SegOutput
 from mgd.recipe import Eval
 
@@ -40,3 +40,23 @@ def test_one_window_is_the_whole_image():
     whole = predict_logits(Context(), image, Eval(mode="whole"), 32)
     assert torch.equal(whole, predict_logits(Context(), image, Eval(mode="slide", crop=64), 32))
     assert not torch.allclose(whole, predict_logits(Context(), image, Eval(mode="slide"), 32), atol=1e-3)
+
+
+def test_scales_and_flip_average_probabilities():
+    torch.manual_seed(0)
+    network = nn.Conv2d(3, 4, 3, padding=1)
+
+    class Context(nn.Module):
+        def forward(self, image):
+            return SegOutput(network(image.float() / 255), None)
+
+    image = torch.randint(256, (1, 3, 20, 30), dtype=torch.uint8)
+    expected = torch.zeros(1, 4, 20, 30)
+    for size in ((20, 30), (10, 15)):
+        for flip in (False, True):
+            view = nn.functional.interpolate(image.float(), size, mode="bilinear")
+            logits = Context()(view.flip(-1)).logits.flip(-1) if flip else Context()(view).logits
+            expected += nn.functional.interpolate(logits, (20, 30), mode="bilinear").softmax(1)
+    done = predict(Context(), image, Eval(scales=(1.0, 0.5), flip=True), 32)
+    assert torch.equal(done, expected.argmax(1))
+    assert torch.equal(predict(Context(), image, Eval(), 32), Context()(image).logits.argmax(1))

@@ -54,6 +54,18 @@ class LabelDecoder:
             )
         return label.astype(np.uint8)
 
+    def encode(self, classes: np.ndarray) -> np.ndarray:
+        """Return the mask values of predicted classes, the inverse of `remap` (Cityscapes: labelIds).
+
+        Args:
+            classes: `[H, W]`, 0..K-1.
+        """
+        table = np.arange(self.num_classes)
+        for value, index in reversed(self.remap):
+            if index < self.num_classes:
+                table[index] = value
+        return table[classes].astype(np.uint8)
+
     def _from_indices(self, mask: PIL.Image.Image, name: str) -> np.ndarray:
         if mask.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
             channels = np.asarray(mask.convert("RGB"))

@@ -1,0 +1,25 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from mgd.data.public import Cityscapes
+from mgd.errors import UserError
+from mgd.plots import colorize, save_prediction
+
+
+def test_predictions_are_palette_pngs_in_the_data_sets_own_values(tmp_path):
+    classes, colors, decoder = Cityscapes(name="cityscapes", root="x")._coding()
+    prediction = torch.tensor([[0, 13], [18, 1]])
+    save_prediction(tmp_path, colors, decoder.encode, "ulm/a", prediction)
+    with PIL.Image.open(tmp_path / "ulm" / "a.png") as picture:
+        assert picture.mode == "P" and np.asarray(picture).tolist() == [[7, 26], [33, 8]]  # official labelIds
+        assert picture.convert("RGB").getpixel((1, 0)) == (0, 0, 142)
+        assert (decoder(picture, "a") == prediction.numpy()).all()
+    with pytest.raises(UserError, match="would be written outside"):
+        save_prediction(tmp_path / "in", colors, decoder.encode, "../out", prediction)
+
+
+def test_ignored_pixels_are_white():
+    colors = colorize(np.array([[0, 255]]), [(1, 2, 3)])
+    assert colors.tolist() == [[[1, 2, 3], [255, 255, 255]]]
