@@ -141,3 +141,14 @@ def test_runs_that_would_share_a_folder_are_refused(write_recipe, tmp_path):
     recipe = load(write_recipe("mgd.toml", run={"name": "same"}, method=terms, teachers=teacher))
     with pytest.raises(UserError, match=r"this run \(.*mgd.toml\) and deep \(.*deep.toml\) would share the folder"):
         needed_recipes(recipe)
+
+
+def test_a_folder_of_another_recipe_is_not_touched(write_recipe):
+    recipe = load(write_recipe())
+    done = run_recipe(recipe, Accelerator())
+    other = load(recipe.source, ["optim.lr=0.02"])
+    with pytest.raises(UserError, match=r"holds a run of another recipe \(optim.lr 0.01 there, 0.02 here\)"):
+        run_recipe(other, Accelerator())
+    assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
+    free = load(recipe.source, ["run.log_every=3", "data.workers=1", "run.checkpoint_every=7"])
+    assert run_recipe(free, Accelerator())["miou"] == done["miou"]
