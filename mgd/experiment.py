@@ -167,6 +167,8 @@ def scan(section: DataSection, labeled: tuple[str, ...], speaks: bool) -> tuple[
         if pixels[:255].sum() == 0:
             raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
         counts[what] = pixels
+    if np.count_nonzero(counts["labelled"][:255]) < 2:
+        raise UserError("[data] the labelled masks show a single class (255 is ignored: is a class painted 255?)")
     unseen = [name for index, name in enumerate(splits.classes) if counts["labelled"][index] == 0]
     if unseen and speaks:
         hint = " (255 is ignored: is it painted 255?)" if counts["labelled"][255] else ""

@@ -26,7 +26,8 @@ def test_generated_recipes_are_up_to_date():
     for name, text in files.items():
         assert (ROOT / "recipes" / name).read_text() == text, f"{name}: run python recipes/generate.py"
     by_hand = {path.name for path in RECIPES} - files.keys()
-    assert by_hand == {f"quickstart{tail}.toml" for tail in ("", "_deep", "_wide", "_supervised")}
+    tails = ("", "_deep", "_wide", "_supervised")
+    assert by_hand == {f"{name}{tail}.toml" for name in ("quickstart", "folder") for tail in tails}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
