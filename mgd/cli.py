@@ -22,12 +22,18 @@ from mgd.recipe import Recipe
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every stage that trains."""
+    flags = recipe_parser(description)
+    flags.add_argument("--restart", action="store_true", help="delete what the run folder holds and start over")
+    return flags
+
+
+def recipe_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the flags of every stage that takes one recipe and prints a table."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--recipe", required=True, help="TOML file, e.g. recipes/quickstart.toml")
     flags.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of the recipe"
     )
-    flags.add_argument("--restart", action="store_true", help="delete what the run folder holds and start over")
     flags.add_argument("--json", metavar="FILE", type=output_file, help="also write the last table as JSON")
     return flags
 

@@ -3,7 +3,6 @@
 python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml
 """
 
-import argparse
 import os
 import sys
 
@@ -18,11 +17,8 @@ from mgd.recipe import load  # noqa: E402
 
 def main() -> None:
     """Count the student of a recipe and the teachers that it names by recipe."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--recipe", required=True, help="TOML file")
-    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key")
+    flags = cli.recipe_parser(__doc__.splitlines()[0])
     flags.add_argument("--size", type=int, nargs="+", help="sides of the image, pixels; left out, the recipe's crop")
-    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     networks = {"student": recipe.student}

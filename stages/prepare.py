@@ -3,7 +3,6 @@
 python stages/prepare.py --recipe recipes/voc_r18_1-8.toml
 """
 
-import argparse
 import os
 import sys
 
@@ -22,10 +21,7 @@ from mgd.recipe import load  # noqa: E402
 
 def main() -> None:
     """Read every image and every mask once; list what is wrong and print the counts."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--recipe", required=True, help="TOML file")
-    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key")
-    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the counts as JSON")
+    flags = cli.recipe_parser(__doc__.splitlines()[0])
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     splits = load_splits(recipe.data)

@@ -140,7 +140,8 @@ def check_trainable(
             "choose another [data] crop or backbone"
         ) from error
     try:
-        model.eval()(torch.empty(1, 3, *(whole or (crop, crop)), device="meta"))
+        if whole is not None:  # a window is a crop, which has just been tried
+            model.eval()(torch.empty(1, 3, *whole, device="meta"))
     except Exception as error:
         raise UserError(
             f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
