@@ -1,5 +1,6 @@
 """A run folder: whose it is, whether it is finished, what is written into it."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -15,7 +16,7 @@ import torch
 from mgd.data.partitions import Split
 from mgd.errors import UserError
 from mgd.files import read_json, write_json, write_text
-from mgd.recipe import DataSection, Partition, Recipe, load
+from mgd.recipe import DataSection, Partition, Recipe, load, parse
 
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
@@ -39,7 +40,7 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         raise UserError(f"{folder / 'recipe.toml'} cannot be read: {error}; --restart starts over") from error
     path = folder / "metrics.json"
     something_to_lose = path.exists() or (folder / "checkpoint").exists()
-    differences = recipe_differences(there, recipe.to_dict())
+    differences = recipe_differences(there, recipe)
     if differences and something_to_lose:
         raise UserError(
             f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another name "
@@ -104,9 +105,11 @@ def _delete_run(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def recipe_differences(there: Mapping, here: Mapping) -> list[str]:
+def recipe_differences(there: Mapping, here: Recipe) -> list[str]:
     """List the keys, of those that shape a result, in which two resolved recipes differ."""
-    first, second = _flat(there), _flat(here)
+    with contextlib.suppress(UserError):
+        there = parse(there, source="").to_dict()  # of an older version: keys that came since, at their defaults
+    first, second = _flat(there), _flat(here.to_dict())
     keys = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
     return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys if key not in _FREE]
 
@@ -175,7 +178,7 @@ def _check_folders(recipes: Mapping[str, Recipe]) -> None:
     owners: dict[Path, tuple[str, Recipe]] = {}
     for title, recipe in recipes.items():
         other, owner = owners.setdefault(recipe.run_dir.resolve(), (title, recipe))
-        if recipe_differences(owner.to_dict(), recipe.to_dict()):
+        if recipe_differences(owner.to_dict(), recipe):
             raise UserError(
                 f"{other} ({owner.source}) and {title} ({recipe.source}) would share the folder {recipe.run_dir}; "
                 "give each its own [run] name, with {seed} in it if only the seed differs"

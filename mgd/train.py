@@ -108,7 +108,7 @@ def _resume(
     progress = load_checkpoint(folder, modules, optimizer)
     if progress is None:
         return 0, 0.0
-    if differences := recipe_differences(progress.get("recipe", {}), recipe.to_dict()):
+    if differences := recipe_differences(progress.get("recipe", {}), recipe):
         raise UserError(
             f"{folder} is of another recipe ({'; '.join(differences[:4])}); start over: {recipe.command} --restart"
         )

@@ -42,18 +42,16 @@ name = "cps"
 weight = 1.0
 """
 
-SUPERVISED = """\
-[method]
-name = "supervised"
-"""
-
-MGD = """\
+TEACHERS_OF_STUDENT = """\
 [teachers.deep]
 recipe = "{deep}"
 
 [teachers.wide]
 recipe = "{wide}"
 
+"""
+
+MGD = """\
 [method]
 name = "mgd"
 
@@ -83,6 +81,14 @@ steps = {steps}
 
 TEACHERS = {"lite2": "tf_efficientnet_lite2", "lite1": "tf_efficientnet_lite1"}
 STUDENTS = {"mbv2": ("mobilenetv2_050", "false"), "lite0": ("tf_efficientnet_lite0", "true")}
+
+BASELINES = {
+    "supervised": "the student on the labelled images alone",
+    "mean_teacher": "the student by Mean Teacher, a baseline",
+    "cps": "the student by CPS, a baseline",
+    "kd": "the student by pixel-wise distillation from both teachers, a baseline",
+    "cwd": "the student by channel-wise distillation from both teachers, a baseline",
+}
 
 # size -> image_scale, crop, head width of teachers and students, batch, steps of teachers and students
 SIZES = {
@@ -114,15 +120,20 @@ def camvid() -> dict[str, str]:
                 baseline = f"{names[key]}_supervised"
                 deep, wide = (f"recipes/{names[teacher]}.toml" for teacher in TEACHERS)
                 evaluation = f'[eval]\nbaselines = ["recipes/{baseline}.toml"]\n'
+                teachers = TEACHERS_OF_STUDENT.format(deep=deep, wide=wide)
                 files[names[key]] = recipe(
                     names[key],
                     "distill",
                     "the student, by MGD; trains its teachers and its baseline first",
                     size,
-                    [data, body, MGD.format(deep=deep, wide=wide), optim, evaluation],
+                    [data, body, teachers + MGD, optim, evaluation],
                 )
-                note = "the student on the labelled images alone"
-                files[baseline] = recipe(baseline, "teacher_cps", note, size, [data, body, SUPERVISED, optim])
+                for method, note in BASELINES.items():
+                    section = paper.METHOD[method].format(weight=1.0)
+                    stage = "distill" if method in ("kd", "cwd") else "teacher_cps"
+                    parts = [data, body, (teachers if stage == "distill" else "") + section, optim]
+                    name = f"{names[key]}_{method}"
+                    files[name] = recipe(name, stage, note, size, parts)
     return {f"{name}.toml": text for name, text in files.items()}
 
 
