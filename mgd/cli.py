@@ -18,6 +18,7 @@ from mgd.data.loaders import available_cpus
 from mgd.errors import UserError
 from mgd.files import write_json
 from mgd.recipe import Recipe
+from mgd.report import markdown
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -75,11 +76,7 @@ def print_table(accelerator: Accelerator, rows: Sequence[Mapping[str, Any]], out
 
 def print_rows(rows: Sequence[Mapping[str, Any]], output: str | None = None) -> None:
     """Print rows of one process; see `print_table`."""
-    columns = list(rows[0])
-    cells = [[_cell(row[column]) for column in columns] for row in rows]
-    widths = [max(len(line[place]) for line in [columns, *cells]) for place in range(len(columns))]
-    for line in [columns, ["-" * width for width in widths], *cells]:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    print(markdown(rows))
     if output:
         write_json(Path(output), rows)
 
@@ -93,6 +90,7 @@ def result_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "labelled": metrics["num_labeled"],
         "unlabelled": metrics["num_unlabeled"],
         "val mIoU %": metrics["miou"],
+        "best on val %": (metrics.get("best_on_val") or {}).get("miou"),
         "minutes": metrics["seconds"] / 60,
     }
 
@@ -116,7 +114,3 @@ def _fail(message: str, status: int = 2) -> int:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr, flush=True)
     return status
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -5,7 +5,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mgd.optim import total_steps
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import DataSection, Recipe
 from mgd.registry import METHODS
-from mgd.runs import device_name, finished_metrics, open_folder, peak_memory_mb, versions
+from mgd.runs import best_so_far, device_name, finished_metrics, keep_best, open_folder, peak_memory_mb, versions
 from mgd.train import train
 
 
@@ -75,17 +75,21 @@ def run_recipe(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
-    def evaluate(network: nn.Module) -> Scores:
-        return evaluate_network(network, val, recipe, accelerator)
+    def evaluate(network: nn.Module, step: int) -> Scores:
+        found = evaluate_network(network, val, recipe, accelerator)
+        if recipe.eval.every and accelerator.is_main_process:
+            keep_best(folder, network, recipe, step, found.miou)
+        return found
 
-    seconds = train(method, pairs, recipe, num_steps, accelerator, folder, lambda network: evaluate(network).miou)
+    seconds = train(method, pairs, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
     network = method.deployed()
-    result = evaluate(network)
+    result = evaluate(network, num_steps)
     metrics = {
         "name": folder.name,
         "method": recipe.method.name,
         "backbone": recipe.student.backbone,
         "miou": result.miou,
+        "best_on_val": best_so_far(folder),
         "pixel_accuracy": result.pixel_accuracy,
         "iou": dict(zip(splits.classes, result.iou, strict=True)),
         "num_labeled": len(partition.labeled),
@@ -100,6 +104,7 @@ def run_recipe(
         "mixed_precision": accelerator.mixed_precision,
         "device": device_name(accelerator.device),
         "versions": versions(),
+        "command": recipe.command,
     }
     if accelerator.is_main_process:
         _finish(folder, recipe, network, val, splits, metrics, accelerator.device)
@@ -269,12 +274,30 @@ def _finish(
     network.save(folder / "model")
     write_text(folder / "model" / "recipe.toml", recipe.to_toml())
     plot_curves(log, folder / "curves.png")
-    rows = []
-    for index in sorted({round(place * (len(val) - 1) / 3) for place in range(4)}):
-        image, label = val.read(index, with_label=True)
+    chosen = sample_indices(len(val), 4)
+    pictures = predict_samples(network, val, chosen, recipe, device)
+    save_overlays(pictures, splits.classes, splits.colors, folder / "overlays.png")
+    write_json(folder / "metrics.json", metrics)
+
+
+def sample_indices(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` positions, evenly spread over `count` images, the first and last included."""
+    return sorted({round(place * (count - 1) / max(1, wanted - 1)) for place in range(min(wanted, count))})
+
+
+def predict_samples(
+    network: nn.Module, images: Images, indices: Sequence[int], recipe: Recipe, device: torch.device
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Predict some images with the recipe's `[eval]`.
+
+    Returns:
+        Of each: image `[H, W, 3]` uint8, label `[H, W]` and predicted classes `[H, W]`.
+    """
+    found = []
+    for index in indices:
+        image, label = images.read(index, with_label=True)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
         with torch.inference_mode():
-            prediction = predict(network, pixels, recipe.eval, recipe.data.crop)
-        rows.append((np.asarray(image), label, prediction[0].cpu().numpy()))
-    save_overlays(rows, splits.colors, folder / "overlays.png")
-    write_json(folder / "metrics.json", metrics)
+            prediction = predict(network.eval(), pixels, recipe.eval, recipe.data.crop)
+        found.append((np.asarray(image), label, prediction[0].cpu().numpy()))
+    return found

@@ -1,12 +1,14 @@
 """The two pictures of a run: curves.png and overlays.png."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 from torch import Tensor
 
 from mgd.errors import UserError
@@ -73,27 +75,111 @@ def save_prediction(
 
 
 def save_overlays(
-    rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], colors: Sequence[tuple[int, int, int]], output: Path
+    rows: Sequence[tuple[np.ndarray, ...]],
+    classes: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    output: Path,
+    titles: Sequence[str] = ("image", "truth", "prediction"),
 ) -> None:
-    """Save a picture with one row an image: image, truth, prediction.
+    """Save a picture with one row an image: the image, then label maps laid over it; a legend below.
 
     Args:
-        rows: image `[H, W, 3]` uint8, label `[H, W]`, prediction `[H, W]`.
+        rows: image `[H, W, 3]` uint8, then label maps `[H, W]`.
+        classes: class names.
         colors: class colours.
         output: PNG file.
+        titles: of the columns; may have several lines.
     """
-    gap, side = 4, 320
+    gap, side = 4, 320 if len(titles) <= 3 else 220
+    font = PIL.ImageFont.load_default(13)
     tiles = []
-    for image, label, prediction in rows:
-        pictures = (image, overlay(image, label, colors), overlay(image, prediction, colors))
-        factor = side / image.shape[1]
-        size = (side, max(1, round(image.shape[0] * factor)))
+    for image, *labels in rows:
+        pictures = (image, *(overlay(image, label, colors) for label in labels))
+        size = (side, max(1, round(image.shape[0] * side / image.shape[1])))
         tiles.append([PIL.Image.fromarray(picture).resize(size) for picture in pictures])
-    height = sum(row[0].height + gap for row in tiles) - gap
-    canvas = PIL.Image.new("RGB", (3 * side + 2 * gap, height), "white")
-    top = 0
+    head = 4 + 16 * max(title.count("\n") + 1 for title in titles)
+    width = len(titles) * (side + gap) - gap
+    legend, legend_height = _legend(classes, colors, width, font)
+    height = head + sum(row[0].height + gap for row in tiles) + legend_height
+    canvas = PIL.Image.new("RGB", (width, height), "white")
+    draw = PIL.ImageDraw.Draw(canvas)
+    for column, title in enumerate(titles):
+        draw.multiline_text((column * (side + gap) + 2, 2), title, "black", font)
+    top = head
     for row in tiles:
         for column, picture in enumerate(row):
             canvas.paste(picture, (column * (side + gap), top))
         top += row[0].height + gap
+    for left, down, name, color in legend:
+        draw.rectangle((left, top + down + 3, left + 12, top + down + 15), tuple(color), "black")
+        draw.text((left + 17, top + down + 1), name, "black", font)
     canvas.save(output)
+
+
+def _legend(
+    classes: Sequence[str], colors: Sequence[tuple[int, int, int]], width: int, font: PIL.ImageFont.FreeTypeFont
+) -> tuple[list[tuple[int, int, str, tuple[int, int, int]]], int]:
+    """Place name and colour of each class in lines of `width` pixels; return them and the height."""
+    items, left, top = [], 2, 0
+    for name, color in zip(classes, colors, strict=True):
+        length = 17 + round(font.getlength(name)) + 14
+        if left + length > width and left > 2:
+            left, top = 2, top + 20
+        items.append((left, top, name, color))
+        left += length
+    return items, top + 22
+
+
+def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float]]], output: Path) -> None:
+    """Draw mIoU against the cost of the whole network, as Fig. 1 of the paper.
+
+    Args:
+        panels: by title, the points: method, text, GMACs, val mIoU %.
+        output: PNG file.
+    """
+    figure, axes = _panels(len(panels))
+    for axis, (title, points) in zip(axes, panels.items(), strict=True):
+        for method in sorted({point[0] for point in points}):
+            chosen = [point for point in points if point[0] == method]
+            axis.scatter([point[2] for point in chosen], [point[3] for point in chosen], label=method)
+        for _, text, gmacs, miou in points:
+            axis.annotate(text, (gmacs, miou), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.set(xlabel="GMACs of backbone and head, one crop", ylabel="val mIoU, %", xscale="log")
+        axis.set_title(title, fontsize="small")
+        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
+            ticks("{x:g}")
+        axis.tick_params(axis="x", which="both", labelsize=7)
+        axis.margins(x=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(output, dpi=100)
+    pyplot.close(figure)
+
+
+def plot_partitions(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float | None]]]], output: Path
+) -> None:
+    """Draw mIoU against the number of labelled images, as Fig. 3 of the paper.
+
+    Args:
+        panels: by title and name of the line, the points: labelled images, val mIoU %, spread.
+        output: PNG file.
+    """
+    figure, axes = _panels(len(panels))
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for name, points in lines.items():
+            counts, means, spreads = zip(*sorted(points), strict=True)
+            errors = [spread or 0.0 for spread in spreads]
+            axis.errorbar(counts, means, errors, marker="o", capsize=3, label=name)
+        counts = sorted({point[0] for points in lines.values() for point in points})
+        axis.set(xlabel="labelled images", ylabel="val mIoU, %", xscale="log")
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.minorticks_off()
+        axis.set_title(title, fontsize="small")
+        axis.legend(fontsize="small")
+    figure.savefig(output, dpi=100)
+    pyplot.close(figure)
+
+
+def _panels(count: int) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
+    figure, axes = pyplot.subplots(1, count, figsize=(6 * count, 4.5), layout="constrained", squeeze=False)
+    return figure, list(axes[0])

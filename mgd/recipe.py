@@ -189,9 +189,18 @@ class Eval(Section):
     flip: bool = False
     """Predict the mirrored image too."""
     every: Annotated[int, Field(ge=0)] = 0
-    """Steps between two evaluations while training; 0 = only at the end."""
+    """Steps between two evaluations while training, of which `best/` keeps the best; 0 = only at the end."""
     baselines: tuple[str, ...] = ()
     """Recipes whose results stand beside ours in the last table; trained first when missing."""
+
+
+class Reference(Section):
+    """`[reference]`: the result that this recipe is meant to reach; `stages/report.py` prints it beside ours."""
+
+    miou: Annotated[float, Field(ge=0, le=100)]
+    """Val mIoU, %."""
+    source: str
+    """Whose number it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,6 +217,7 @@ class Recipe:
     optim: Optim
     eval: Eval = Eval()
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    reference: Reference | None = None
 
     @property
     def run_dir(self) -> Path:
@@ -233,7 +243,10 @@ class Recipe:
         tables = {name: getattr(self, name).model_dump(exclude_none=True) for name in _SECTIONS}
         tables["partition"]["seed"] = self.partition_seed
         teachers = {name: teacher.model_dump(exclude_none=True) for name, teacher in self.teachers.items()}
-        return _lists(tables | ({"teachers": teachers} if teachers else {}))
+        more = {"teachers": teachers} if teachers else {}
+        if self.reference:
+            more["reference"] = self.reference.model_dump()
+        return _lists(tables | more)
 
     def to_toml(self) -> str:
         """Return the resolved recipe as TOML text."""
@@ -241,6 +254,11 @@ class Recipe:
 
 
 _SECTIONS = ("run", "data", "partition", "student", "method", "optim", "eval")
+# What may be overridden without becoming another experiment than the one that [reference] speaks of.
+_KEEP_REFERENCE = (
+    *("run.", "data.root=", "data.workers=", "partition.root="),
+    *("eval.every=", "eval.batch_size=", "eval.baselines=", "reference."),
+)
 
 
 def labeled_amount(labeled: int | float | str, pool: int) -> int:
@@ -287,13 +305,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(raw, override)
+    if not all(override.startswith(_KEEP_REFERENCE) for override in overrides):
+        raw.pop("reference", None)
     return parse(raw, source=str(path), overrides=tuple(overrides))
 
 
 def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Check the tables of a recipe; see `load` for the errors. `source` names it in messages."""
     errors: list[str] = []
-    known = (*_SECTIONS, "teachers")
+    known = (*_SECTIONS, "teachers", "reference")
     for name in sorted(raw.keys() - set(known)):
         errors.append(f"[{name}]: unknown section; {did_you_mean(name, known)}")
     sections: dict[str, Any] = {}
@@ -308,6 +328,8 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
         }
     else:
         errors.append(f"[teachers]: must hold tables such as [teachers.deep], not {teachers!r}")
+    if "reference" in raw:
+        sections["reference"] = _validate(Reference, raw["reference"], "reference", errors)
     if not errors:
         try:
             METHODS.get(sections["method"].name).check(sections["method"], tuple(sections["teachers"]))
@@ -437,6 +459,7 @@ def json_schema() -> dict[str, Any]:
         optim=(Optim, ...),
         eval=(Eval, Eval()),
         teachers=(dict[str, Teacher], {}),
+        reference=(Reference | None, None),
     )
     return model.model_json_schema()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from mgd.data.partitions import Split
 from mgd.errors import UserError
@@ -22,6 +23,7 @@ from mgd.recipe import DataSection, Partition, Recipe, load, parse
 _FREE = {
     *("run.log_every", "run.checkpoint_every", "run.threads", "run.output"),
     *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
+    *("reference.miou", "reference.source"),
 }
 
 
@@ -109,9 +111,18 @@ def recipe_differences(there: Mapping, here: Recipe) -> list[str]:
     """List the keys, of those that shape a result, in which two resolved recipes differ."""
     with contextlib.suppress(UserError):
         there = parse(there, source="").to_dict()  # of an older version: keys that came since, at their defaults
-    first, second = _flat(there), _flat(here.to_dict())
+    first, second = _shaping(there), shaping_keys(here)
     keys = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
-    return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys if key not in _FREE]
+    return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys]
+
+
+def shaping_keys(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys and values of a recipe that shape a result, as `section.key`."""
+    return _shaping(recipe.to_dict())
+
+
+def _shaping(tables: Mapping) -> dict[str, Any]:
+    return {key: value for key, value in _flat(tables).items() if key not in _FREE}
 
 
 def _flat(table: Mapping, prefix: str = "") -> dict[str, Any]:
@@ -119,6 +130,24 @@ def _flat(table: Mapping, prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou: float) -> None:
+    """Keep the weights of the highest val mIoU so far in `best/`, apart from `model/`, the last ones.
+
+    Being chosen on the images that it is reported on, this result is optimistic.
+    """
+    there = best_so_far(folder)
+    if there is None or miou > there["miou"]:
+        network.save(folder / "best")
+        write_text(folder / "best" / "recipe.toml", recipe.to_toml())
+        write_json(folder / "best" / "metrics.json", {"step": step, "miou": miou})
+
+
+def best_so_far(folder: Path) -> dict[str, Any] | None:
+    """Return step and val mIoU of what `keep_best` kept, or None."""
+    path = folder / "best" / "metrics.json"
+    return read_json(path, ("step", "miou")) if path.exists() else None
 
 
 def peak_memory_mb(device: torch.device) -> float:

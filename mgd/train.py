@@ -29,7 +29,7 @@ def train(
     num_steps: int,
     accelerator: Accelerator,
     folder: Path,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[nn.Module, int], float],
 ) -> float:
     """Train a method's networks in place, from the last resume point if there is one.
 
@@ -40,7 +40,7 @@ def train(
         num_steps: optimiser steps of the whole run.
         accelerator: device, processes and precision.
         folder: run folder; `metrics.jsonl` and `checkpoint/` are written.
-        evaluate: bare network -> mIoU; called on all processes.
+        evaluate: bare network and step -> mIoU; called on all processes.
 
     Returns:
         Seconds spent training, over all sittings.
@@ -87,7 +87,7 @@ def train(
             bar.set_postfix(loss=f"{row['loss']:.3f}", img_s=f"{row['images_per_second']:.1f}", refresh=False)
         if recipe.eval.every and done % recipe.eval.every == 0 and done < num_steps:
             share_buffers(modules.values())
-            log.write_scores(done, evaluate(method.deployed()))
+            log.write_scores(done, evaluate(method.deployed(), done))
         if saves:
             share_buffers(modules.values())
             if accelerator.is_main_process:

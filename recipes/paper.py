@@ -113,7 +113,7 @@ def _plain(data: str, network: str, share: str, method: str, protocol: str = "cp
     body = METHOD[method].format(weight=5.0 if data == "city" else 1.0, **_mgd_values(data, network))
     if method in ("mgd", "kd", "cwd"):
         body = "".join(_teacher(key, recipe) for key, recipe in teachers.items()) + body
-    return _recipe(name, data, network, share, protocol, body, f"{targets[place]:.2f} (paper, Table {table})")
+    return _recipe(name, data, network, share, protocol, body, (targets[place], table))
 
 
 def _ablation(data: str, ablation: str, row: tuple, target: float) -> tuple[str, str]:
@@ -128,7 +128,7 @@ def _ablation(data: str, ablation: str, row: tuple, target: float) -> tuple[str,
     where = '["labeled", "unlabeled"]' if on == "both" else '["labeled"]'
     values = _mgd_values(data, "r18") | {"pixel": pixel, "image": image, "region": region, "on": where, "grid": grid}
     body = teachers + METHOD["mgd"].format(**values)
-    return _recipe(name, data, "r18", "1/8", "cps", body, f"{target:.2f} (paper, Table {table})")
+    return _recipe(name, data, "r18", "1/8", "cps", body, (target, table))
 
 
 _TEACHERS = {"deep": "r101", "wide": "wrn50"}
@@ -178,7 +178,9 @@ OHEM = """\
 """
 
 
-def _recipe(name: str, data: str, network: str, share: str, protocol: str, body: str, target: str) -> tuple[str, str]:
+def _recipe(
+    name: str, data: str, network: str, share: str, protocol: str, body: str, target: tuple[float, str]
+) -> tuple[str, str]:
     backbone, output_stride, low_level = BACKBONES[network]
     is_teacher = network in ("r101", "wrn50")
     stage = "distill" if "[teachers" in body else "teacher_cps"
@@ -188,7 +190,7 @@ def _recipe(name: str, data: str, network: str, share: str, protocol: str, body:
     masks = "SegmentationClass" if protocol == "pseudoseg" else "SegmentationClassAug"
     sections = [
         f"# accelerate launch stages/{stage}.py --recipe recipes/{name}.toml\n"
-        f"# Target: val mIoU {target}. Cost: GPU hours, not measured here.\n"
+        f"# Target: val mIoU {target[0]:.2f} (paper, Table {target[1]}). Cost: GPU hours, not measured here.\n"
         "# Written by recipes/generate.py.\n",
         f'[run]\nname = "{name}-s{{seed}}"\n',
         DATA[data].format(masks=masks),
@@ -205,5 +207,6 @@ def _recipe(name: str, data: str, network: str, share: str, protocol: str, body:
         f'[optim]\nname = "sgd"\nlr = {LEARNING_RATES[data][network]}\nmomentum = 0.9\n'
         f"weight_decay = 5e-4  # paper; 1e-4 in the authors' code\npower = 0.9\nbatch_size = {batch}\n{length}\n",
         '[eval]\nmode = "slide"\n',
+        f'[reference]\nmiou = {target[0]:.2f}\nsource = "paper, Table {target[1]}"\n',
     ]
     return name, "\n".join(sections)

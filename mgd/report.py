@@ -1,0 +1,243 @@
+"""Collect finished runs into cells (one recipe, several seeds) and lay those out as tables."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mgd.complexity import model_costs
+from mgd.errors import UserError
+from mgd.files import read_json
+from mgd.recipe import Recipe, load
+from mgd.runs import shaping_keys
+
+# What may differ between two runs of one cell: the seed, what follows from it, and where the data lies.
+_OF_ONE_RUN = ("run.name", "run.seed", "partition.seed", "data.root", "partition.root")
+_METRICS = ("miou", "num_labeled", "num_unlabeled", "num_val", "seed", "seconds", "steps")
+
+
+@dataclasses.dataclass
+class Cell:
+    """All runs of one recipe; they differ in their seed only."""
+
+    label: str
+    """Name of the run without its seed."""
+    recipe: Recipe
+    runs: list[tuple[Path, Mapping[str, Any]]]
+    """Folder and metrics of each run, by seed."""
+
+    @property
+    def title(self) -> str:
+        """Table that the cell belongs to: data set, its variant and the partition protocol."""
+        data = self.recipe.data
+        scale = "" if data.image_scale == 1 else f" at {data.image_scale:g} of full resolution"
+        return f"{data.name}{scale}, partitions: {self.recipe.partition.protocol}"
+
+    @property
+    def partition(self) -> str:
+        """Name of the partition: what the recipe says, with both counts."""
+        metrics, labeled = self.runs[0][1], self.recipe.partition.labeled
+        name = "" if labeled is None else f"{labeled}: "
+        return f"{name}{metrics['num_labeled']} / {metrics['num_unlabeled']}"
+
+    @property
+    def row_name(self) -> str:
+        """The label without its partition, so that one method's partitions stand in one row."""
+        return self.label.replace(f"_{str(self.recipe.partition.labeled).replace('/', '-')}", "")
+
+    @property
+    def num_labeled(self) -> int:
+        """Labelled images."""
+        return self.runs[0][1]["num_labeled"]
+
+    @property
+    def mious(self) -> list[float]:
+        """Val mIoU of the last weights, %, by seed."""
+        return [metrics["miou"] for _, metrics in self.runs]
+
+    @property
+    def mean(self) -> float:
+        """Mean val mIoU over the seeds, %."""
+        return statistics.mean(self.mious)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over the seeds; None of a single one."""
+        return statistics.stdev(self.mious) if len(self.runs) > 1 else None
+
+
+def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
+    """Read the finished runs below some folders.
+
+    Args:
+        sources: run folders, or folders that hold runs.
+
+    Returns:
+        Cells, and a line on each run that was left out.
+
+    Raises:
+        UserError: a source is no folder, or there is no finished run.
+    """
+    cells: dict[str, Cell] = {}
+    left_out = []
+    for folder in _run_folders(sources):
+        if not (folder / "metrics.json").exists():
+            left_out.append(f"{folder}: not finished")
+            continue
+        try:
+            recipe = load(folder / "recipe.toml")
+            metrics = read_json(folder / "metrics.json", _METRICS)
+        except UserError as error:
+            left_out.append(f"{folder}: {str(error).splitlines()[0]}")
+            continue
+        label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
+        shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key)}
+        cell = cells.setdefault(json.dumps([label, shape], sort_keys=True), Cell(label, recipe, []))
+        twin = next((path for path, other in cell.runs if other["seed"] == metrics["seed"]), None)
+        if twin is None:
+            cell.runs.append((folder, metrics))
+        else:
+            left_out.append(f"{folder}: the same recipe and seed as {twin}")
+    if not cells:
+        raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
+    for cell in cells.values():
+        cell.runs.sort(key=lambda run: run[1]["seed"])
+    ordered = sorted(cells.values(), key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
+    _tell_apart(ordered)
+    return ordered, left_out
+
+
+def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Return a row a cell: what ran, our mean and spread, the recipe's reference and the difference."""
+    rows = []
+    for cell in cells:
+        recipe, first = cell.recipe, cell.runs[0][1]
+        cost = model_costs(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
+        best = [metrics["best_on_val"]["miou"] for _, metrics in cell.runs if metrics.get("best_on_val")]
+        rows.append(
+            {
+                "run": cell.label,
+                "data": cell.title,
+                "method": recipe.method.name,
+                "backbone": recipe.student.backbone,
+                "params_m": cost["total"].params_m,
+                "gmacs": cost["total"].gmacs,
+                "backbone_gmacs": cost["backbone"].gmacs,
+                "crop": recipe.data.crop,
+                "labeled": first["num_labeled"],
+                "unlabeled": first["num_unlabeled"],
+                "val_images": first["num_val"],
+                "seeds": " ".join(str(metrics["seed"]) for _, metrics in cell.runs),
+                "miou": cell.mean,
+                "spread": cell.spread,
+                "best_on_val": statistics.mean(best) if len(best) == len(cell.runs) else None,
+                "reference": recipe.reference.miou if recipe.reference else None,
+                "reference_source": recipe.reference.source if recipe.reference else None,
+                "difference": cell.mean - recipe.reference.miou if recipe.reference else None,
+                "steps": first["steps"],
+                "batch_size": recipe.optim.batch_size,
+                "minutes": statistics.mean(metrics["seconds"] for _, metrics in cell.runs) / 60,
+            }
+        )
+    return rows
+
+
+def tables(cells: Sequence[Cell]) -> dict[str, list[dict[str, str]]]:
+    """Lay the cells out as the paper does: a table a data set, a row a method, a column a partition.
+
+    Returns:
+        Rows by title of the table. A value reads `mean ± spread (seeds; reference, difference)`.
+    """
+    found: dict[str, list[dict[str, str]]] = {}
+    for title, members in by_title(cells).items():
+        columns = list(dict.fromkeys(cell.partition for cell in sorted(members, key=lambda cell: cell.num_labeled)))
+        rows: dict[str, dict[str, str]] = {}
+        best = {}
+        for cell in members:
+            empty = {"run": cell.row_name, "method": cell.recipe.method.name, "backbone": cell.recipe.student.backbone}
+            row = rows.setdefault(cell.row_name, empty | dict.fromkeys(columns, ""))
+            row[cell.partition] = _value(cell)
+            best[cell.row_name] = max(best.get(cell.row_name, 0), cell.mean)
+        found[title] = sorted(rows.values(), key=lambda row: (row["backbone"], best[row["run"]]))
+    return found
+
+
+def notes(cells: Sequence[Cell]) -> list[str]:
+    """Say where runs that stand side by side were not given the same budget."""
+    lines = []
+    for title, members in by_title(cells).items():
+        groups: dict[tuple[str, str], list[Cell]] = {}
+        for cell in members:
+            groups.setdefault((cell.recipe.student.backbone, cell.partition), []).append(cell)
+        for (backbone, partition), group in groups.items():
+            for key in ("optim.steps", "optim.epochs", "optim.batch_size", "data.crop", "eval.mode"):
+                values = {cell.label: shaping_keys(cell.recipe).get(key) for cell in group}
+                if len(set(values.values())) > 1:
+                    listed = ", ".join(f"{label} {value}" for label, value in values.items())
+                    lines.append(f"{title}, {backbone}, {partition}: not one budget, {key}: {listed}")
+    return lines
+
+
+def by_title(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Return the cells by the table that they belong to."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.title, []).append(cell)
+    return groups
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as a Markdown table: numbers to two decimals, None as a dash."""
+    columns = list(rows[0])
+    lines = [[str(column) for column in columns], *[[_text(row[column]) for column in columns] for row in rows]]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV, numbers in full."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _run_folders(sources: Iterable[str | Path]) -> list[Path]:
+    folders = []
+    for source in map(Path, sources):
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder; give run folders, or a folder that holds runs")
+        inside = [source] if (source / "recipe.toml").exists() else sorted(source.iterdir())
+        folders += [folder for folder in inside if (folder / "recipe.toml").exists()]
+    return list(dict.fromkeys(folders))
+
+
+def _of_one_run(key: str) -> bool:
+    return key in _OF_ONE_RUN or (key.startswith("teachers.") and key.endswith((".seed", ".checkpoint")))
+
+
+def _tell_apart(cells: Sequence[Cell]) -> None:
+    labels = [cell.label for cell in cells]
+    for cell in cells:
+        if labels.count(cell.label) > 1:
+            cell.label = f"{cell.label} ({cell.runs[0][0]})"
+
+
+def _value(cell: Cell) -> str:
+    text = f"{cell.mean:.2f}" if cell.spread is None else f"{cell.mean:.2f} ± {cell.spread:.2f}"
+    more = [f"n={len(cell.runs)}"]
+    if reference := cell.recipe.reference:
+        more.append(f"{reference.source} {reference.miou:.2f}, {cell.mean - reference.miou:+.2f}")
+    return f"{text} ({'; '.join(more)})"
+
+
+def _text(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,99 @@
+"""Tables and figures of finished runs: ours beside the recipe's reference, mean and spread over seeds.
+
+python stages/report.py runs --output report
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+from collections.abc import Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from mgd import cli  # noqa: E402
+from mgd.data.loaders import Images  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.experiment import load_splits, predict_samples, sample_indices  # noqa: E402
+from mgd.files import write_text  # noqa: E402
+from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
+from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of, tables  # noqa: E402
+
+ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
+
+
+def main() -> None:
+    """Write report.md, report.csv and the figures, and print the tables."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("runs", nargs="*", default=["runs"], help="run folders, or folders that hold runs")
+    flags.add_argument("--output", default="report", metavar="DIR", help="where the files go (report)")
+    flags.add_argument("--samples", type=int, default=4, metavar="N", help="val images in the picture; 0 = no picture")
+    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
+    args = flags.parse_args()
+    cells, remarks = collect(args.runs)
+    remarks = [f"left out: {line}" for line in remarks] + notes(cells)
+    folder = Path(args.output)
+    rows = rows_of(cells)
+
+    # ---- tables ----
+    parts = ["val mIoU in % of the last weights: mean ± sample standard deviation (n seeds; reference, difference)"]
+    for title, table in tables(cells).items():
+        parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
+    narrow = [{key: value for key, value in row.items() if key not in ONLY_CSV} for row in rows]
+    parts.append(f"**All runs** (best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}")
+    parts += [f"note: {line}" for line in remarks]
+    write_text(folder / "report.md", "\n\n".join(parts) + "\n")
+    write_text(folder / "report.csv", as_csv(rows))
+    print("\n\n".join(parts))
+    if args.json:
+        cli.write_json(Path(args.json), rows)
+
+    # ---- figures ----
+    groups = by_title(cells)
+    cost = {cell.label: row["gmacs"] for cell, row in zip(cells, rows, strict=True)}
+    points: dict[str, list] = {title: [] for title in groups}
+    for cell in cells:
+        text = f"{cell.recipe.student.backbone}, {cell.num_labeled}"
+        points[cell.title].append((cell.recipe.method.name, text, cost[cell.label], cell.mean))
+    plot_costs(points, folder / "cost.png")
+    lines: dict[str, dict[str, list]] = {title: {} for title in groups}
+    for cell in cells:
+        point = (cell.num_labeled, cell.mean, cell.spread)
+        lines[cell.title].setdefault(cell.row_name, []).append(point)
+    plot_partitions(lines, folder / "partitions.png")
+    for number, (title, members) in enumerate(groups.items()):
+        if args.samples > 0:
+            try:
+                qualitative(members, args.samples, folder / f"samples_{number}.png")
+            except UserError as error:
+                print(f"note: no picture of {title}: {error}")
+    print(f"\n{folder}: report.md, report.csv, cost.png, partitions.png" + ", samples_*.png" * (args.samples > 0))
+
+
+def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
+    """Draw what each method predicts on the same val images, on the partition that most methods have."""
+    partitions = [cell.partition for cell in members]
+    chosen = [cell for cell in members if cell.partition == max(partitions, key=partitions.count)]
+    chosen.sort(key=lambda cell: cell.runs[0][1]["miou"])
+    first = chosen[0].recipe
+    device = cli.start(first).device
+    splits = load_splits(first.data)
+    images = Images(splits.val, splits.decoder, first.data.image_scale)
+    indices = sample_indices(len(images), samples)
+    pictures: list[tuple] = []
+    titles = ["image", "truth"]
+    for cell in chosen:
+        path, metrics = cell.runs[0]
+        found = predict_samples(load_segmenter(path).to(device), images, indices, cell.recipe, device)
+        pictures = pictures or [(image, label) for image, label, _ in found]
+        pictures = [(*row, prediction) for row, (_, _, prediction) in zip(pictures, found, strict=True)]
+        titles.append(f"{cell.recipe.method.name}\n{cell.recipe.student.backbone}\nmIoU {metrics['miou']:.2f}")
+    save_overlays(pictures, splits.classes, splits.colors, output, titles)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,119 @@
+import csv
+import json
+
+import PIL.Image
+import pytest
+from accelerate import Accelerator
+from conftest import run_stage
+
+from mgd.data.loaders import Images
+from mgd.errors import UserError
+from mgd.experiment import evaluate_network, load_splits, run_recipe
+from mgd.models.segmenter import load_segmenter
+from mgd.recipe import load
+from mgd.report import as_csv, collect, markdown, notes, rows_of, tables
+
+REFERENCE = {"miou": 55.0, "source": "paper, Table 9"}
+
+
+@pytest.fixture
+def fake_run(write_recipe, tmp_path):
+    """Make a run folder with a given result."""
+
+    def make(name, seed, miou, folder="runs", **changes):
+        run = changes.pop("run", {})
+        path = write_recipe(f"{name}.toml", run={"name": f"{name}-s{{seed}}", "seed": seed, **run}, **changes)
+        recipe = load(path)
+        place = tmp_path / folder / f"{name}-s{seed}"
+        place.mkdir(parents=True)
+        (place / "recipe.toml").write_text(recipe.to_toml())
+        counts = {"num_labeled": recipe.partition.labeled, "num_unlabeled": 12 - recipe.partition.labeled, "num_val": 5}
+        metrics = {"miou": miou, **counts, "seed": seed, "seconds": 60.0, "steps": 4}
+        (place / "metrics.json").write_text(json.dumps(metrics))
+        return place
+
+    return make
+
+
+def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path):
+    for seed, miou in ((0, 50.0), (1, 60.0), (2, 70.0)):
+        fake_run("a_4", seed, miou, reference=REFERENCE)
+    fake_run("a_2", 0, 40.0, partition={"labeled": 2})
+    fake_run("b_4", 0, 61.0, method={"name": "cps"})
+    (tmp_path / "runs" / "no_run").mkdir()
+    cells, left_out = collect([tmp_path / "runs"])
+    assert left_out == []
+    (table,) = tables(cells).values()
+    assert [list(row.values()) for row in table] == [
+        ["a", "supervised", "test_resnet", "40.00 (n=1)", "60.00 ± 10.00 (n=3; paper, Table 9 55.00, +5.00)"],
+        ["b", "cps", "test_resnet", "", "61.00 (n=1)"],
+    ]
+    assert list(table[0])[3:] == ["2: 2 / 10", "4: 4 / 8"]
+    row = next(row for row in rows_of(cells) if row["run"] == "a_4")
+    assert (row["miou"], row["spread"], row["difference"], row["seeds"]) == (60.0, 10.0, 5.0, "0 1 2")
+    read = list(csv.DictReader(as_csv(rows_of(cells)).splitlines()))
+    assert [float(line["miou"]) for line in read] == [40.0, 60.0, 61.0]
+    assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
+
+
+def test_what_is_left_out_is_said(fake_run, tmp_path):
+    fake_run("a", 0, 50.0)
+    twin = fake_run("a", 0, 51.0, folder="again")
+    unfinished = fake_run("b", 0, 50.0)
+    (unfinished / "metrics.json").unlink()
+    broken = fake_run("c", 0, 50.0)
+    (broken / "recipe.toml").write_text("[run\n")
+    cells, left_out = collect([tmp_path / "runs", tmp_path / "again"])
+    assert [(cell.label, cell.mean) for cell in cells] == [("a", 50.0)]
+    assert [line.split(":")[0] for line in left_out] == [str(unfinished), str(broken), str(twin)]
+    with pytest.raises(UserError, match="no such folder"):
+        collect([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="no finished run"):
+        collect([unfinished])
+
+
+def test_another_setting_is_another_cell_and_another_budget_is_announced(fake_run, tmp_path):
+    fake_run("a", 0, 50.0)
+    fake_run("a", 1, 60.0, folder="long", optim={"steps": 8})
+    cells, _ = collect([tmp_path / "runs", tmp_path / "long"])
+    assert len(cells) == 2 and len({cell.label for cell in cells}) == 2
+    (line,) = notes(cells)
+    assert "not one budget, optim.steps" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "stays"),
+    [("run.seed=3", True), ("data.workers=1", True), ("optim.lr=0.1", False), ("partition.labeled=2", False)],
+)
+def test_a_changed_recipe_loses_its_reference(write_recipe, override, stays):
+    recipe = load(write_recipe(reference=REFERENCE), [override])
+    assert (recipe.reference is not None) is stays
+    assert ("reference" in recipe.to_dict()) is stays
+
+
+def test_report_stage_and_best_beside_last(write_recipe, tmp_path):
+    for name in ("supervised", "cps"):
+        path = write_recipe(
+            run={"name": f"{name}-s{{seed}}"}, method={"name": name}, eval={"every": 1}, optim={"lr": 0.05}
+        )
+        metrics = run_recipe(load(path), Accelerator(cpu=True))
+        folder = tmp_path / "runs" / f"{name}-s0"
+        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        scores = {row["step"]: row["val_miou"] for row in curve if "val_miou" in row}
+        assert set(scores) == {1, 2, 3, 4} and scores[4] == metrics["miou"]
+        assert metrics["best_on_val"]["miou"] == max(scores.values()) == scores[metrics["best_on_val"]["step"]]
+        recipe = load(folder / "best" / "recipe.toml")
+        splits = load_splits(recipe.data)
+        images = Images(splits.val, splits.decoder, 1.0)
+        again = evaluate_network(load_segmenter(folder / "best"), images, recipe, Accelerator(cpu=True))
+        assert again.miou == metrics["best_on_val"]["miou"]
+    done = run_stage("report.py", tmp_path / "runs", "--output", tmp_path / "out", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert {row["run"] for row in rows} == {"supervised", "cps"}
+    assert next(row["miou"] for row in rows if row["run"] == "cps") == pytest.approx(metrics["miou"])
+    assert (tmp_path / "out" / "report.md").read_text() in done.stdout
+    for name, columns in (("cost.png", None), ("partitions.png", None), ("samples_0.png", 4)):
+        with PIL.Image.open(tmp_path / "out" / name) as picture:
+            assert columns is None or picture.width == columns * 224 - 4
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
