@@ -3,10 +3,12 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import datasets
@@ -15,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from mgd.data.loaders import available_cpus
-from mgd.errors import UserError
+from mgd.errors import Stopped, UserError
 from mgd.files import write_json
 from mgd.recipe import Recipe
 from mgd.report import markdown
@@ -96,18 +98,27 @@ def result_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2.
+
+    SIGTERM and Ctrl-C end it with one line and 128 + the number of the signal.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         main()
     except UserError as error:
         # A data worker hands its exception over with its traceback as text before the message.
         message = str(error).rpartition("UserError: ")[2] if str(error).startswith("Caught ") else str(error)
         sys.exit(_fail(message.strip()))
-    except KeyboardInterrupt:
-        sys.exit(_fail("stopped; the same command goes on from the last resume point", status=130))
+    except Stopped as stop:
+        sys.exit(_fail(f"stopped by {signal.Signals(stop.number).name}; {stop}", status=128 + stop.number))
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Stopped(number)
 
 
 def _fail(message: str, status: int = 2) -> int:

@@ -16,6 +16,19 @@ class UserError(ValueError):
     """
 
 
+class Stopped(BaseException):
+    """A signal asked the run to end. Like KeyboardInterrupt it is not an Exception, lest it be swallowed.
+
+    Args:
+        number: of the signal.
+        message: what is kept, and how to go on.
+    """
+
+    def __init__(self, number: int, message: str = "the same command goes on from the last resume point") -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """Return "did you mean 'x'? choices: a, b, c" (the first part only when something is close)."""
     choices = [str(choice) for choice in choices]

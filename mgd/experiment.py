@@ -75,13 +75,19 @@ def run_recipe(
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
+    one_class = 0
+
     def evaluate(network: nn.Module, step: int) -> Scores:
+        nonlocal one_class
         found = evaluate_network(network, val, recipe, accelerator)
+        one_class = one_class + 1 if found.num_predicted == 1 else 0
+        if one_class >= 3 or (one_class and step == num_steps):
+            accelerator.print(f"note: {folder}: one class is predicted everywhere at step {step}; is [optim] lr right?")
         if recipe.eval.every and accelerator.is_main_process:
             keep_best(folder, network, recipe, step, found.miou)
         return found
 
-    seconds = train(method, pairs, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
+    seconds, skipped = train(method, pairs, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
     network = method.deployed()
     result = evaluate(network, num_steps)
     metrics = {
@@ -98,6 +104,7 @@ def run_recipe(
         "seed": recipe.run.seed,
         "steps": num_steps,
         "seconds": seconds,
+        "skipped_steps": skipped,
         "images_per_second": num_steps * recipe.optim.batch_size / seconds if seconds else None,
         "peak_memory_mb": peak_memory_mb(accelerator.device),
         "num_processes": accelerator.num_processes,

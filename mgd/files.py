@@ -48,6 +48,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_no_nan(value), indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def append_line(path: Path, value: Mapping[str, Any]) -> None:
+    """Append one line of strict JSON; a reader drops a line that was cut short.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(_no_nan(value), allow_nan=False, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written: {error.strerror or error}; the last resume point is kept"
+        ) from error
+
+
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Read a JSON object that has all `keys`.
 

@@ -12,6 +12,8 @@ class Scores(NamedTuple):
     miou: float
     iou: list[float]
     pixel_accuracy: float
+    num_predicted: int
+    """Classes that were predicted anywhere."""
 
 
 def confusion_matrix(prediction: Tensor, label: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
@@ -54,4 +56,5 @@ def scores(confusion: Tensor) -> Scores:
         miou=iou[present].mean().item() if present.any() else float("nan"),
         iou=iou.tolist(),
         pixel_accuracy=(100 * hit.sum() / confusion.sum()).item(),
+        num_predicted=int((confusion.sum(0) > 0).sum()),
     )

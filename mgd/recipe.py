@@ -165,6 +165,10 @@ class Optim(Section):
     """Length in passes over the larger of the labelled and unlabelled sets."""
     steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Length in optimiser steps, instead of epochs."""
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """A loss that is not finite ends the run, or its step is skipped and counted."""
+    sync_batchnorm: bool = False
+    """On several GPUs: batch statistics over all processes' images."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "Optim":

@@ -7,6 +7,7 @@ many, and a resumed run goes on exactly where it stopped.
 
 import functools
 import os
+import signal
 from collections.abc import Iterator
 
 import datasets
@@ -129,7 +130,7 @@ def training_loader(pairs: TrainingPairs, sampler: StepSampler, workers: int, pi
         batch_sampler=sampler,
         num_workers=min(workers, len(sampler), available_cpus()),
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -157,7 +158,7 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
         batch_size=batch_size,
         num_workers=min(workers, len(share), available_cpus()),
         collate_fn=list,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -166,8 +167,11 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A signal to the whole group is the training process's to answer; it still needs its workers.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def per_process(batch_size: int, world_size: int) -> int:

@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from mgd.errors import UserError
+from mgd.experiment import load_splits, run_recipe
+from mgd.methods.base import StepOutput
+from mgd.methods.supervised import Supervised
+from mgd.models.segmenter import build_segmenter
+from mgd.recipe import load
+
+
+@pytest.fixture
+def broken_at(monkeypatch):
+    """Make the supervised loss infinite at some steps."""
+    step = Supervised.step
+
+    def arrange(*steps):
+        def broken(self, batch, number):
+            out = step(self, batch, number)
+            return StepOutput(out.loss / (0.0 if number in steps else 1.0), out.log)
+
+        monkeypatch.setattr(Supervised, "step", broken)
+
+    return arrange
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_can_be_reproduced(write_recipe):
+    recipe = load(write_recipe(), ["optim.lr=1e18", "optim.steps=20"])
+    with pytest.raises(UserError, match=r"loss.* not finite at step \d+; images train-.*; lower \[optim\] lr"):
+        run_recipe(recipe, Accelerator())
+    folder = recipe.run_dir / "nonfinite"
+    with safe_open(folder / "batch_0.safetensors", framework="pt") as file:
+        header = file.metadata()
+        batch = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert set(json.loads(header["terms"])) == {"loss", "loss_supervised"}
+    assert len(json.loads(header["ids"])["id"]) == 4 == len(batch["image"])
+    splits = load_splits(recipe.data)
+    network = build_segmenter(recipe.student, splits.classes, splits.colors, 0)
+    weights = load_file(folder / "weights_0.safetensors")
+    network.load_state_dict({key.removeprefix("network0/"): value for key, value in weights.items()})
+    again = Supervised(recipe.method, [network.train()]).step(batch, int(header["step"]))
+    assert not again.loss.isfinite()
+
+
+def test_a_skipped_step_leaves_no_trace_and_is_counted(write_recipe, broken_at):
+    broken_at(0, 1)
+    recipe = load(write_recipe(), ["optim.nonfinite=skip", "optim.steps=2"])
+    metrics = run_recipe(recipe, Accelerator())
+    assert metrics["skipped_steps"] == 2
+    trained = load_file(recipe.run_dir / "model" / "model.safetensors")
+    splits = load_splits(recipe.data)
+    fresh = build_segmenter(recipe.student, splits.classes, splits.colors, 0).state_dict()
+    assert [key for key in trained if not trained[key].equal(fresh[key])] == []
+    rows = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] is None and rows[0]["loss_supervised"] > 0
+    broken_at(1)
+    recipe = load(write_recipe(), ["optim.nonfinite=skip", "optim.steps=4", "run.name=other"])
+    assert run_recipe(recipe, Accelerator())["skipped_steps"] == 1
+    trained = load_file(recipe.run_dir / "model" / "model.safetensors")
+    assert all(value.isfinite().all() for value in trained.values())
+    assert any(not trained[key].equal(fresh[key]) for key in trained)
+
+
+def test_skipping_does_not_go_on_for_ever(write_recipe, broken_at):
+    broken_at(*range(100))
+    recipe = load(write_recipe(), ["optim.nonfinite=skip", "optim.steps=30"])
+    with pytest.raises(UserError, match="not finite at step 21, 21 times in a row"):
+        run_recipe(recipe, Accelerator())
+
+
+def test_one_class_everywhere_is_reported(write_recipe, monkeypatch, capsys):
+    from mgd import experiment
+    from mgd.metrics import scores
+
+    confusion = torch.zeros(7, 7)
+    confusion[:, 3] = 5
+    monkeypatch.setattr(experiment, "evaluate_network", lambda *_: scores(confusion))
+    run_recipe(load(write_recipe(), ["optim.steps=5", "eval.every=1"]), Accelerator())
+    said = [line for line in capsys.readouterr().out.splitlines() if "one class is predicted everywhere" in line]
+    assert [line.split("at step ")[1][0] for line in said] == ["3", "4", "5"]
+
+
+def test_sync_batchnorm_needs_gpus(write_recipe):
+    if torch.cuda.is_available():
+        pytest.skip("for machines without a GPU")
+    with pytest.raises(UserError, match="sync_batchnorm = true needs GPUs"):
+        run_recipe(load(write_recipe(), ["optim.sync_batchnorm=true"]), Accelerator())
