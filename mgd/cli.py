@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import datasets
+import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -66,6 +67,7 @@ def start(recipe: Recipe) -> Accelerator:
     datasets.disable_progress_bars()
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the classifier that we do not want
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # large, yet within PIL's limit
     set_seed(recipe.run.seed)
     return accelerator
 

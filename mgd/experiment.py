@@ -3,6 +3,7 @@
 `stages/teacher_cps.py` and `stages/distill.py` both call `run_recipe`; the loop is in train.py.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,13 @@ import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, TrainingPairs, evaluation_loader, per_process
 from mgd.data.partitions import Split, split
+from mgd.data.scan import scan
 from mgd.errors import UserError
 from mgd.files import write_json, write_text
 from mgd.inference import count_confusion, predict
@@ -120,13 +123,22 @@ def run_recipe(
     return metrics
 
 
-@functools.lru_cache(maxsize=2)
 def load_splits(section: DataSection) -> Splits:
     """Load the data of a recipe; runs of one comparison share it.
 
     Raises:
         UserError: see the readers; or there is nothing to evaluate on.
     """
+    return _load_splits(_without_augmentation(section))
+
+
+def _without_augmentation(section: DataSection) -> DataSection:
+    """The section with the keys that only shape batches at one value, so that runs share what is read."""
+    return section.model_copy(update={"crop": 32, "scales": (1.0,), "flip": False})
+
+
+@functools.lru_cache(maxsize=2)
+def _load_splits(section: DataSection) -> Splits:
     splits = section.load()
     if len(splits.val) == 0:
         raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
@@ -143,50 +155,80 @@ def check_recipe(
             ImageNet weights do not fit.
     """
     local_batch = per_process(recipe.optim.batch_size, accelerator.num_processes)
+    if recipe.optim.sync_batchnorm and accelerator.device.type != "cuda":
+        raise UserError('[optim] sync_batchnorm = true needs GPUs; without one use [student.head] norm = "group"')
     splits = load_splits(recipe.data)
     partition = split_data(recipe, splits)
     for name, teacher in (teachers or {}).items():
         check_classes(splits, teacher, f"[teachers.{name}]")
-    height, width = scan(recipe.data, partition.labeled, accelerator.is_main_process)
-    whole = (height, width) if recipe.eval.mode == "whole" else None
+    section = _without_augmentation(recipe.data)
+    splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
+    whole = size if recipe.eval.mode == "whole" else None
     images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
     check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
+    if not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+        accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition
 
 
 @functools.lru_cache(maxsize=4)
-def scan(section: DataSection, labeled: tuple[str, ...], speaks: bool) -> tuple[int, int]:
-    """Read every label and every validation image once, before hours are spent on them.
-
-    Args:
-        section: the recipe's `[data]`.
-        labeled: ids of the labelled images.
-        speaks: announce classes that no labelled pixel shows.
+def _check_images(
+    section: DataSection, labeled: tuple[str, ...], unlabeled: tuple[str, ...], accelerator: Accelerator
+) -> tuple[Splits, Split, tuple[int, int]]:
+    """Read every image and mask of a run once, each process its share, before hours are spent on them.
 
     Returns:
-        Height and width of the first validation image, pixels.
+        Data and partition without the images that are skipped; height and width of the first
+        validation image, pixels.
 
     Raises:
-        UserError: the first image or mask that cannot be used, or no labelled pixel at all.
+        UserError: images or masks that cannot be used; masks that show nothing to learn from.
     """
     splits = load_splits(section)
-    counts = {}
-    for what, source in (("labelled", _rows(splits.labeled, labeled)), ("validation", splits.val)):
+    everything = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
+    parts = {
+        "labelled": (_rows(splits.labeled, labeled), True),
+        "validation": (splits.val, True),
+        "unlabelled": (_rows(everything, unlabeled), False),
+    }
+    problems: dict[str, dict[str, str]] = {}
+    pixels = {}
+    for what, (source, with_label) in parts.items():
         images = Images(source, splits.decoder, section.image_scale)
-        pixels = np.zeros(256, np.int64)
-        for index in range(len(images)):
-            pixels += np.bincount(images.read(index, with_label=True)[1].ravel(), minlength=256)
-        if pixels[:255].sum() == 0:
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        found = scan(images, with_label, section.workers, f"reading {what} images", rank, world_size)
+        shares = gather_object([found])
+        problems[what] = {name: problem for share in shares for name, problem in sorted(share.problems.items())}
+        pixels[what] = sum(share.pixels for share in shares)
+    if any(problems.values()):
+        _answer_problems([why for part in problems.values() for why in part.values()], section, accelerator)
+    for what in ("labelled", "validation"):
+        if pixels[what][:255].sum() == 0:
             raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
-        counts[what] = pixels
-    if np.count_nonzero(counts["labelled"][:255]) < 2:
+    if np.count_nonzero(pixels["labelled"][:255]) < 2:
         raise UserError("[data] the labelled masks show a single class (255 is ignored: is a class painted 255?)")
-    unseen = [name for index, name in enumerate(splits.classes) if counts["labelled"][index] == 0]
-    if unseen and speaks:
-        hint = " (255 is ignored: is it painted 255?)" if counts["labelled"][255] else ""
-        print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
+    unseen = [name for index, name in enumerate(splits.classes) if pixels["labelled"][index] == 0]
+    if unseen:
+        hint = " (255 is ignored: is it painted 255?)" if pixels["labelled"][255] else ""
+        accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
+    val = [name for name in splits.val["id"] if name not in problems["validation"]]
+    splits = dataclasses.replace(splits, val=_rows(splits.val, tuple(val)))
     first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
-    return first.height, first.width
+    labeled = tuple(name for name in labeled if name not in problems["labelled"])
+    unlabeled = tuple(name for name in unlabeled if name not in problems["unlabelled"])
+    skipped = problems["labelled"] | problems["unlabelled"]
+    skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
+    return splits, Split(labeled, unlabeled, skipped), (first.height, first.width)
+
+
+def _answer_problems(problems: Sequence[str], section: DataSection, accelerator: Accelerator) -> None:
+    listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    if section.on_error == "raise":
+        raise UserError(
+            f"[data] {len(problems)} image(s) cannot be used: {listed}; mend them (stages/prepare.py lists all), or "
+            'leave them out: [data] on_error = "skip"'
+        )
+    accelerator.print(f"note: {len(problems)} image(s) skipped, listed in partition.json: {listed}", flush=True)
 
 
 def split_data(recipe: Recipe, splits: Splits) -> Split:

@@ -75,6 +75,8 @@ class DataSection(Section):
     """Random horizontal flip."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Data loading processes a training process."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """An image or mask that cannot be used ends the run before it starts, or is left out and listed."""
 
 
 class Partition(Section):

@@ -158,8 +158,6 @@ def _resume(
 def _synced(network: nn.Module, section: Optim, accelerator: Accelerator) -> nn.Module:
     """Put a network on its device, its BatchNorm over all processes if the recipe says so."""
     if section.sync_batchnorm:
-        if accelerator.device.type != "cuda":
-            raise UserError('[optim] sync_batchnorm = true needs GPUs; without one use [student.head] norm = "group"')
         network = timm.layers.convert_sync_batchnorm(network)
     return network.to(accelerator.device)
 

@@ -10,10 +10,9 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
-from tqdm import tqdm  # noqa: E402
-
 from mgd import cli  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
+from mgd.data.scan import scan  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import load_splits, split_data  # noqa: E402
 from mgd.recipe import load  # noqa: E402
@@ -32,15 +31,11 @@ def main() -> None:
         ("train, without mask", splits.unlabeled, False),
         ("val", splits.val, True),
     ):
-        images, sizes = Images(source, splits.decoder), set()
-        before = len(problems)
-        for index in tqdm(range(len(images)), desc=name, disable=None, leave=False):
-            try:
-                sizes.add(images.read(index, with_label)[0].size)
-            except UserError as error:
-                problems.append(f"{name}: {error}")
-        sides = "-".join(str(side) for side in sorted({min(sizes), max(sizes)})) if sizes else ""
-        rows.append({"images": name, "count": len(images), "unusable": len(problems) - before, "sizes": sides})
+        found = scan(Images(source, splits.decoder), with_label, recipe.data.workers, name)
+        problems += [f"{name}: {problem}" for problem in found.problems.values()]
+        sizes = found.sizes
+        sides = " to ".join(f"{width}x{height}" for width, height in sorted({min(sizes), max(sizes)})) if sizes else ""
+        rows.append({"images": name, "count": len(source), "unusable": len(found.problems), "sizes": sides})
     cli.print_rows(rows, args.json)
     if problems:
         raise UserError("\n".join(problems))

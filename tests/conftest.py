@@ -12,6 +12,8 @@ import pytest
 import tomli_w
 import torch
 
+from mgd import experiment
+
 ROOT = Path(__file__).resolve().parents[1]
 
 TINY = {
@@ -79,3 +81,9 @@ def run_stage(stage: str, *args: object, launcher: tuple[str, ...] = (), cwd=Non
 @pytest.fixture(autouse=True)
 def _single_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_cached():
+    experiment._load_splits.cache_clear()
+    experiment._check_images.cache_clear()

@@ -8,6 +8,7 @@ A reader is the model of its own `[data]` section with the methods `load` and `c
 import dataclasses
 import hashlib
 import io
+import os
 import unicodedata
 from pathlib import Path
 from typing import Annotated
@@ -261,9 +262,9 @@ def existing_folder(path: str | Path, what: str) -> Path:
 def by_stem(folder: Path) -> dict[str, Path]:
     """Map relative path without suffix -> file, for the image files below a folder."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
+    for path in _files(folder):
         place = path.relative_to(folder)
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in place.parts) or path.is_dir():
+        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in place.parts):
             continue
         try:
             place.as_posix().encode()
@@ -274,6 +275,16 @@ def by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder}: {found[stem].name} and {path.name} share a stem; rename one")
         found[stem] = path
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder; unlike `Path.rglob`, it does not pass over what it may not read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    walked = os.walk(folder, onerror=refuse, followlinks=True)
+    return sorted(Path(place, name) for place, _, names in walked for name in names)
 
 
 def some(names: list[str]) -> str:

@@ -130,7 +130,7 @@ def training_loader(pairs: TrainingPairs, sampler: StepSampler, workers: int, pi
         batch_sampler=sampler,
         num_workers=min(workers, len(sampler), available_cpus()),
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
 
 
@@ -158,7 +158,7 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
         batch_size=batch_size,
         num_workers=min(workers, len(share), available_cpus()),
         collate_fn=list,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
 
 
@@ -167,7 +167,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Set up a data loading process."""
     torch.set_num_threads(1)
     # A signal to the whole group is the training process's to answer; it still needs its workers.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -17,6 +17,8 @@ class Split:
 
     labeled: tuple[str, ...]
     unlabeled: tuple[str, ...]
+    skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Images that cannot be used -> why; they stand in neither list."""
 
     def manifest(self, section: Partition, seed: int) -> dict:
         """Return what `partition.json` holds: how it was drawn, both counts, both lists."""
@@ -29,6 +31,7 @@ class Split:
             "num_unlabeled": len(self.unlabeled),
             "labeled": list(self.labeled),
             "unlabeled": list(self.unlabeled),
+            "skipped": dict(self.skipped),
         }
 
 

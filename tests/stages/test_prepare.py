@@ -10,9 +10,9 @@ import pytest
 import tomli_w
 from conftest import ROOT
 
+from mgd import experiment
 from mgd.data.datasets import Folder
 from mgd.errors import UserError
-from mgd.experiment import load_splits
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_every_unusable_file_is_listed(prepare, write_recipe, tmp_path, capsys):
     recipe.write_text(tomli_w.dumps(table))
     prepare("--recipe", recipe)
     out = capsys.readouterr().out
-    assert "| train, with mask    | 8     | 0        | (30, 20) |" in out
+    assert "| train, with mask    | 8     | 0        | 30x20 |" in out
     assert "partition: 4 labelled / 14 unlabelled; nothing is wrong" in out
 
     training = Folder(**{**data, "classes": ("a", "b")}).load().labeled["id"][:]
@@ -51,7 +51,7 @@ def test_every_unusable_file_is_listed(prepare, write_recipe, tmp_path, capsys):
     PIL.Image.new("L", (5, 5)).save(root / "masks" / f"{training[1]}.png")
     PIL.Image.new("L", (30, 20), 7).save(root / "masks" / f"{training[2]}.png")
     (root / "unlabeled" / "3.png").write_bytes(b"")
-    load_splits.cache_clear()
+    experiment._load_splits.cache_clear()
     with pytest.raises(UserError) as error:
         prepare("--recipe", recipe, "--json", tmp_path / "counts.json")
     lines = str(error.value).splitlines()
