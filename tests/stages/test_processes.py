@@ -1,0 +1,141 @@
+"""The same run on several processes: from the start, taken up by more or fewer, or losing one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import run_stage, stage_command
+from safetensors.torch import load_file
+
+# Norms without batch statistics: only the order of sums tells the number of processes.
+EXACT = {
+    "student": {"backbone": "test_convnext", "output_stride": 32, "head": {"norm": "group"}},
+    "method": {"name": "cps"},
+}
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+def torchrun(processes, port):
+    return (
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
+        *("--master_port", str(port)),
+    )
+
+
+def steps_done(folder):
+    try:
+        return sum('"loss"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+def same_within_tolerance(first, second):
+    """Losses to 2e-4 relative, weights to 1e-4, mIoU to 0.1 points: what the README promises."""
+    rows = [
+        {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
+        for folder in (first, second)
+    ]
+    assert rows[0].keys() == rows[1].keys()
+    for step, row in rows[0].items():
+        for key in row.keys() & {"loss", "loss_supervised", "loss_cps"}:
+            assert row[key] == pytest.approx(rows[1][step][key], rel=2e-4), (step, key)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (first, second)]
+    assert all(weights[0][key].allclose(weights[1][key], atol=1e-4) for key in weights[0])
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (first, second)]
+    assert metrics[0]["miou"] == pytest.approx(metrics[1]["miou"], abs=0.1)
+    return metrics
+
+
+def recipes(write_recipe, steps, names=("one", "many")):
+    optim = {"lr": 0.001, "steps": steps, "batch_size": 4}
+    return [write_recipe(f"{name}.toml", run={"name": name}, optim=optim, **EXACT) for name in names]
+
+
+def stop_at(launcher, recipe, folder, step):
+    """Start, send SIGTERM to the launcher once `step` is done; return what was printed to stderr."""
+    process = subprocess.Popen(
+        stage_command("teacher_cps.py", "--recipe", recipe, launcher=launcher),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ON_CPU},
+    )
+    while steps_done(folder) < step and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    return process.communicate(timeout=120)[1]
+
+
+def test_two_processes_take_up_what_one_began(write_recipe, tmp_path):
+    one, many = recipes(write_recipe, 10)
+    folder = tmp_path / "runs" / "many"
+    assert run_stage("teacher_cps.py", "--recipe", one).returncode == 0
+    assert "is kept" in stop_at((), many, folder, 3)
+    done = run_stage("teacher_cps.py", "--recipe", many, launcher=torchrun(2, 29517), env=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert "goes on at step" in done.stdout and "2 process(es)" in done.stdout
+    metrics = same_within_tolerance(tmp_path / "runs" / "one", folder)
+    assert [row["num_processes"] for row in metrics] == [1, 2]
+
+
+@pytest.mark.slow
+def test_one_two_four_one(write_recipe, tmp_path):
+    one, many = recipes(write_recipe, 60)
+    folder = tmp_path / "runs" / "many"
+    assert run_stage("teacher_cps.py", "--recipe", one).returncode == 0
+    for launcher, step in (((), 8), (torchrun(2, 29518), 20), (torchrun(4, 29519), 32)):
+        assert "is kept" in stop_at(launcher, many, folder, step)
+        assert not (folder / "metrics.json").exists()
+    done = run_stage("teacher_cps.py", "--recipe", many)
+    assert done.returncode == 0 and "goes on at step" in done.stdout
+    same_within_tolerance(tmp_path / "runs" / "one", folder)
+
+
+@pytest.mark.slow
+def test_four_processes_and_two_machines(write_recipe, tmp_path):
+    one, four, machines = recipes(write_recipe, 5, names=("one", "four", "machines"))
+    assert run_stage("teacher_cps.py", "--recipe", one).returncode == 0
+    done = run_stage("teacher_cps.py", "--recipe", four, launcher=torchrun(4, 29520), env=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert same_within_tolerance(tmp_path / "runs" / "one", tmp_path / "runs" / "four")[1]["num_processes"] == 4
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "2")
+    launcher += ("--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29521")
+    launcher += ("--rdzv_backend", "static", "--machine_rank")
+    started = [
+        subprocess.Popen(
+            stage_command("teacher_cps.py", "--recipe", machines, launcher=(*launcher, str(rank))),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **ON_CPU},
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=250)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    metrics = same_within_tolerance(tmp_path / "runs" / "one", tmp_path / "runs" / "machines")
+    assert metrics[1]["num_processes"] == 2
+
+
+def test_a_process_that_dies_brings_the_job_down_with_its_error(write_recipe, tmp_path):
+    """A file vanishes after the check, and the process that meets it says so; the other does not hang."""
+    probe = tmp_path / "sitecustomize.py"
+    probe.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import mgd.data.loaders as loaders\n"
+        "    from mgd.errors import UserError\n"
+        "    def vanish(self, position):\n"
+        "        raise UserError('image 17 cannot be read: No such file or directory')\n"
+        "    loaders.TrainingPairs.__getitem__ = vanish\n"
+    )
+    (recipe,) = recipes(write_recipe, 5, names=("dies",))
+    env = {**ON_CPU, "PYTHONPATH": str(tmp_path)}
+    began = time.monotonic()
+    done = run_stage("teacher_cps.py", "--recipe", recipe, launcher=torchrun(2, 29522), env=env)
+    assert done.returncode != 0 and "error: image 17 cannot be read" in done.stderr
+    assert time.monotonic() - began < 120
