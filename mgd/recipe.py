@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model, model_validator
@@ -56,6 +56,8 @@ class Run(Section):
 class DataSection(Section):
     """Keys of `[data]` that every data set has; the readers in mgd/data/datasets.py add theirs."""
 
+    same_everywhere: ClassVar[bool] = False
+    """The images do not depend on where `root` is: a published data set."""
     name: str
     """Registered data set."""
     image_scale: Annotated[float, Field(gt=0, le=4)] = 1.0
@@ -262,8 +264,9 @@ class Recipe:
 _SECTIONS = ("run", "data", "partition", "student", "method", "optim", "eval")
 # What may be overridden without becoming another experiment than the one that [reference] speaks of.
 _KEEP_REFERENCE = (
-    *("run.", "data.root=", "data.workers=", "partition.root="),
-    *("eval.every=", "eval.batch_size=", "eval.baselines=", "reference."),
+    *("run.", "partition.seed=", "partition.root="),
+    *("data.root=", "data.hub=", "data.parquet=", "data.id_column=", "data.image_column=", "data.label_column="),
+    *("data.workers=", "eval.every=", "eval.batch_size=", "eval.baselines=", "reference."),
 )
 
 

@@ -16,7 +16,7 @@ from mgd.recipe import Recipe, load
 from mgd.runs import shaping_keys
 
 # What may differ between two runs of one cell: the seed, what follows from it, and where the data lies.
-_OF_ONE_RUN = ("run.name", "run.seed", "partition.seed", "data.root", "partition.root")
+_OF_ONE_RUN = ("run.name", "run.seed", "partition.seed", "partition.root")
 _METRICS = ("miou", "num_labeled", "num_unlabeled", "num_val", "seed", "seconds", "steps")
 
 
@@ -35,7 +35,8 @@ class Cell:
         """Table that the cell belongs to: data set, its variant and the partition protocol."""
         data = self.recipe.data
         scale = "" if data.image_scale == 1 else f" at {data.image_scale:g} of full resolution"
-        return f"{data.name}{scale}, partitions: {self.recipe.partition.protocol}"
+        split = f" ({data.val_split})" if hasattr(data, "val_split") else ""
+        return f"{data.name}{split}{scale}, partitions: {self.recipe.partition.protocol}"
 
     @property
     def partition(self) -> str:
@@ -95,7 +96,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
             continue
         label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
-        shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key)}
+        shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key, recipe)}
         cell = cells.setdefault(json.dumps([label, shape], sort_keys=True), Cell(label, recipe, []))
         twin = next((path for path, other in cell.runs if other["seed"] == metrics["seed"]), None)
         if twin is None:
@@ -149,11 +150,21 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def tables(cells: Sequence[Cell]) -> dict[str, list[dict[str, str]]]:
     """Lay the cells out as the paper does: a table a data set, a row a method, a column a partition.
 
+    Variants of a run (`voc_r18_1-8_grid_9` of `voc_r18_1-8`: one method, one partition, a longer
+    name) stand in tables of their own, by the source of their reference, beside the run itself.
+
     Returns:
         Rows by title of the table. A value reads `mean ± spread (seeds; reference, difference)`.
     """
     found: dict[str, list[dict[str, str]]] = {}
-    for title, members in by_title(cells).items():
+    base = _bases(cells)
+    groups = by_title([cell for cell in cells if cell.label not in base])
+    for cell in cells:
+        if original := base.get(cell.label):
+            source = cell.recipe.reference.source if cell.recipe.reference else "variants"
+            group = groups.setdefault(f"{cell.title}; {source}: {original.label} and its variants", [original])
+            group.append(cell)
+    for title, members in groups.items():
         columns = list(dict.fromkeys(cell.partition for cell in sorted(members, key=lambda cell: cell.num_labeled)))
         rows: dict[str, dict[str, str]] = {}
         best = {}
@@ -166,6 +177,19 @@ def tables(cells: Sequence[Cell]) -> dict[str, list[dict[str, str]]]:
     return found
 
 
+def _bases(cells: Sequence[Cell]) -> dict[str, Cell]:
+    """Return label of a variant -> the run that it varies."""
+    bases = {}
+    for cell in cells:
+        for other in cells:
+            alike = (other.title, other.partition, other.recipe.method.name) == (
+                *(cell.title, cell.partition, cell.recipe.method.name),
+            )
+            if alike and cell.label.startswith(f"{other.label}_"):
+                bases[cell.label] = other
+    return bases
+
+
 def notes(cells: Sequence[Cell]) -> list[str]:
     """Say where runs that stand side by side were not given the same budget."""
     lines = []
@@ -174,9 +198,11 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         for cell in members:
             groups.setdefault((cell.recipe.student.backbone, cell.partition), []).append(cell)
         for (backbone, partition), group in groups.items():
-            for key in ("optim.steps", "optim.epochs", "optim.batch_size", "data.crop", "eval.mode"):
-                values = {cell.label: shaping_keys(cell.recipe).get(key) for cell in group}
-                if len(set(values.values())) > 1:
+            keys = {cell.label: shaping_keys(cell.recipe) for cell in group}
+            same = {key for found in keys.values() for key in found if key.startswith("eval.")}
+            for key in sorted(same | {"optim.steps", "optim.epochs", "optim.batch_size", "data.crop"}):
+                values = {label: found.get(key) for label, found in keys.items()}
+                if len(set(map(str, values.values()))) > 1:
                     listed = ", ".join(f"{label} {value}" for label, value in values.items())
                     lines.append(f"{title}, {backbone}, {partition}: not one budget, {key}: {listed}")
     return lines
@@ -220,7 +246,9 @@ def _run_folders(sources: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(folders))
 
 
-def _of_one_run(key: str) -> bool:
+def _of_one_run(key: str, recipe: Recipe) -> bool:
+    if key == "data.root":
+        return type(recipe.data).same_everywhere
     return key in _OF_ONE_RUN or (key.startswith("teachers.") and key.endswith((".seed", ".checkpoint")))
 
 

@@ -129,7 +129,7 @@ def camvid() -> dict[str, str]:
                     [data, body, teachers + MGD, optim, evaluation],
                 )
                 for method, note in BASELINES.items():
-                    section = paper.METHOD[method].format(weight=1.0)
+                    section = paper.METHOD[method].format(weight=1.0, cps_note="")
                     stage = "distill" if method in ("kd", "cwd") else "teacher_cps"
                     parts = [data, body, (teachers if stage == "distill" else "") + section, optim]
                     name = f"{names[key]}_{method}"

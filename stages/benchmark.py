@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 
 from mgd import cli  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
+from mgd.models.segmenter import model_section  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
 
@@ -22,7 +23,8 @@ def main() -> None:
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     networks = {"student": recipe.student}
-    networks |= {name: load(t.recipe).student for name, t in recipe.teachers.items() if t.recipe}
+    for name, teacher in recipe.teachers.items():
+        networks[name] = load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
     num_classes = len(recipe.data.class_names())
     rows = []
     for size in args.size or [recipe.data.crop]:

@@ -69,7 +69,7 @@ def test_mgd_terms_must_name_the_teachers(write_recipe):
     assert load(path).method.image.weight == 0.002
     with pytest.raises(UserError, match="image.teachers = 'deap': no such teacher; did you mean 'deep'"):
         load(path, ['method.image.teachers=["deap"]'])
-    with pytest.raises(UserError, match="no term uses the teacher 'wide'"):
+    with pytest.raises(UserError, match="nothing uses the teacher 'wide'"):
         load(path, ["teachers.wide.recipe=y"])
     with pytest.raises(UserError, match=r"\[teachers.deep\]: give either recipe or checkpoint"):
         load(path, ["teachers.deep.checkpoint=y"])

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mgd.experiment import run_recipe
 from mgd.models.segmenter import build_segmenter, check_trainable
 from mgd.recipe import load
 
+PAPER = ROOT.parent / "shared" / "reference" / "paper_tables.toml"
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
 
@@ -36,6 +38,96 @@ def test_named_recipes_exist_and_see_the_same_labels(path):
     for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
         named = load(ROOT / other)
         assert (named.partition, named.data) == (recipe.partition, recipe.data)
+
+
+# What method.md says, in this order: lr of r101, wrn50, r18, mbv2; epochs; batch of teachers and students.
+PROTOCOL = {
+    "voc": ((0.01, 0.004, 0.01, 0.014), (32, 34, 40, 60), (8, 8), 512, 1.0),
+    "city": ((0.02, 0.02, 0.02, 0.02), (128, 137, 160, 240), (8, 16), 800, 5.0),
+}
+
+
+@pytest.mark.parametrize("data", PROTOCOL)
+def test_the_protocol_of_the_paper(data):
+    rates, epochs, batches, crop, cps_weight = PROTOCOL[data]
+    networks = {"r101": "resnet101s", "wrn50": "wide_resnet50_2", "r18": "resnet18d", "mbv2": "mobilenetv2_100"}
+    for (network, backbone), rate in zip(networks.items(), rates, strict=True):
+        for share, length in zip(("1-16", "1-8", "1-4", "1-2"), epochs, strict=True):
+            is_student = network in ("r18", "mbv2")
+            tails = ("", "_supervised", "_mean_teacher", "_cps", "_kd", "_cwd") if is_student else ("",)
+            for tail in tails:
+                recipe = load(ROOT / "recipes" / f"{data}_{network}_{share}{tail}.toml")
+                optim, head = recipe.optim, recipe.student.head
+                assert (optim.lr, optim.epochs, optim.batch_size) == (rate, length, batches[is_student])
+                assert (optim.name, optim.momentum, optim.weight_decay, optim.power) == ("sgd", 0.9, 5e-4, 0.9)
+                assert recipe.student.backbone == backbone and recipe.student.pretrained
+                assert (head.channels, head.aspp_rates) == (256, (6, 12, 18)) and recipe.data.crop == crop
+                assert head.low_level_channels == (24 if network == "mbv2" else 48)
+                assert recipe.student.output_stride == (32 if network == "mbv2" else 16)
+                assert recipe.eval.mode == "slide" and recipe.eval.stride == pytest.approx(2 / 3)
+                method = recipe.method
+                assert method.name == (tail[1:] or ("mgd" if is_student else "cps"))
+                if method.name == "cps":
+                    assert method.weight == cps_weight
+                if method.name == "mgd":
+                    assert (method.image.weight, method.image.reduction) == (0.002, "sum")
+                    assert (method.region.weight, method.region.grid, method.pixel.weight) == (100.0, 7, 1.0)
+                if method.name == "cwd":
+                    assert (method.temperature, method.weight) == (4.0, 3.0)
+
+
+def test_the_ablations_of_the_paper():
+    def terms(name):
+        recipe = load(ROOT / "recipes" / f"voc_r18_1-8{name}.toml")
+        method = recipe.method
+        nets = {key: Path(t.recipe).stem.split("_")[1] + ("'" if t.seed else "") for key, t in recipe.teachers.items()}
+        used = [[nets[key] for key in term.teachers] for term in (method.pixel, method.image, method.region)]
+        return [*used, method.pixel.on, method.region.grid]
+
+    both, everywhere = ["r101", "wrn50"], ("labeled", "unlabeled")
+    assert terms("") == [both, ["r101"], ["wrn50"], everywhere, 7]
+    assert terms("_teachers_deep") == [["r101"], ["r101"], ["r101"], everywhere, 7]
+    assert terms("_teachers_wide") == [["wrn50"], ["wrn50"], ["wrn50"], everywhere, 7]
+    assert terms("_teachers_deep_deep") == [["r101", "r101'"], ["r101"], ["r101'"], everywhere, 7]
+    assert terms("_teachers_wide_wide") == [["wrn50", "wrn50'"], ["wrn50"], ["wrn50'"], everywhere, 7]
+    assert terms("_losses_p") == [both, [], [], everywhere, 7]
+    assert terms("_losses_p_i") == [both, ["r101"], [], everywhere, 7]
+    assert terms("_losses_p_r") == [both, [], ["wrn50"], everywhere, 7]
+    assert terms("_losses_p_i_r_of_both") == [both, both, both, everywhere, 7]
+    assert terms("_losses_labeled") == [both, [], [], ("labeled",), 7]
+    assert [terms(f"_grid_{grid}")[-1] for grid in (3, 5, 9, 11)] == [3, 5, 9, 11]
+
+
+@pytest.mark.skipif(not PAPER.exists(), reason="the paper's tables are not beside the project")
+def test_the_targets_of_the_paper():
+    paper = tomllib.loads(PAPER.read_text())
+    rows = {"T_D resnet101 CPS": "r101", "T_W wide_resnet CPS": "wrn50", "resnet18": "r18", "mobilenetv2": "mbv2"}
+    tails = {"Sup": "_supervised", "MT": "_mean_teacher", "CPS": "_cps", "KD": "_kd", "CWD": "_cwd", "MGD": ""}
+    tables = {"voc": "voc_cps_partitions", "voc_pseudoseg": "voc_pseudoseg_partitions"}
+    tables["city"] = "cityscapes_cps_partitions"
+    checked = 0
+    for data, table in tables.items():
+        for row, values in paper[table].items():
+            network = rows.get(row) or rows[row.split()[0]]
+            tail = "" if row.startswith("T_") else tails[row.split()[1]]
+            for share, value in zip(("1-16", "1-8", "1-4", "1-2"), values, strict=True):
+                recipe = load(ROOT / "recipes" / f"{data}_{network}_{share}{tail}.toml")
+                assert recipe.reference.miou == value, recipe.source
+                checked += 1
+    names = {"T_D": "teachers_deep", "T_W": "teachers_wide", "T_D+T_D": "teachers_deep_deep"}
+    names |= {"T_W+T_W": "teachers_wide_wide", "Sup+P": "losses_p", "Sup+P+I(T_D)": "losses_p_i"}
+    names |= {"Sup+P+R(T_W)": "losses_p_r", "Sup+P+I(both)+R(both)": "losses_p_i_r_of_both"}
+    names |= {"labelled losses only": "losses_labeled"}
+    for row, values in (paper["ablation_teachers"] | paper["ablation_losses"]).items():
+        for data, value in zip(("voc", "city"), values, strict=True):
+            if row in names:
+                assert load(ROOT / "recipes" / f"{data}_r18_1-8_{names[row]}.toml").reference.miou == value
+                checked += 1
+    for grid, value in paper["ablation_grid_voc"].items():
+        if grid != "7":
+            assert load(ROOT / "recipes" / f"voc_r18_1-8_grid_{grid}.toml").reference.miou == value
+            checked += 1
+    assert checked == 4 * (14 + 6 + 14) + 2 * 9 + 4
 
 
 @functools.cache
@@ -76,23 +168,28 @@ def trees(tmp_path, monkeypatch):
         (tmp_path / f"{letter}_unlabeled.txt").write_text("".join(f"{letter}{index}\n" for index in (2, 3, 4)))
 
 
-@pytest.mark.parametrize(
-    ("data", "method"),
-    [
-        *(("voc", method) for method in ("", "_supervised", "_mean_teacher", "_cps", "_kd", "_cwd")),
-        *(("city", method) for method in ("", "_cps")),
-    ],
-)
-def test_a_recipe_of_each_family_takes_two_steps(trees, data, method):
+FAMILIES = [
+    *(f"voc_mbv2_1-8{method}" for method in ("", "_supervised", "_mean_teacher", "_cps", "_kd", "_cwd")),
+    *("city_mbv2_1-8", "city_mbv2_1-8_cps", "city_r18_1-8", "voc_pseudoseg_r18_1-8", "voc_r101_1-8"),
+    *("voc_r18_1-8_teachers_deep_deep", "voc_r18_1-8_losses_labeled", "voc_r18_1-8_grid_3"),
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_recipe_of_each_family_takes_two_steps(trees, name):
+    data = name.split("_")[0]
     changes = [
         "partition.protocol=files",
         f"partition.labeled_list={data[0]}_labeled.txt",
         f"partition.unlabeled_list={data[0]}_unlabeled.txt",
         *("student.pretrained=false", "student.head.channels=16", "data.crop=32", "data.workers=0"),
-        *("optim.batch_size=2", "optim.steps=2", "eval.crop=32"),
+        *("optim.batch_size=2", "optim.steps=2", "eval.crop=32", "run.log_every=1"),
+        *(["data.masks=SegmentationClassAug"] if data == "voc" else []),
     ]
-    text = (ROOT / "recipes" / f"{data}_mbv2_1-8{method}.toml").read_text()
-    Path("recipe.toml").write_text(text.replace("epochs = ", "# epochs = ").replace('labeled = "1/8"', ""))
+    text = (ROOT / "recipes" / f"{name}.toml").read_text()
+    Path("recipe.toml").write_text(
+        text.replace("epochs = ", "# epochs = ").replace("steps = 40000", "").replace('labeled = "1/8"', "")
+    )
     recipe = load("recipe.toml", changes)
     classes = recipe.data.class_names()
     teachers = {

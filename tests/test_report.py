@@ -1,10 +1,12 @@
 import csv
 import json
+import tomllib
 
 import PIL.Image
 import pytest
+import tomli_w
 from accelerate import Accelerator
-from conftest import run_stage
+from conftest import ROOT, run_stage
 
 from mgd.data.loaders import Images
 from mgd.errors import UserError
@@ -12,6 +14,7 @@ from mgd.experiment import evaluate_network, load_splits, run_recipe
 from mgd.models.segmenter import load_segmenter
 from mgd.recipe import load
 from mgd.report import as_csv, collect, markdown, notes, rows_of, tables
+from mgd.runs import needed_recipes
 
 REFERENCE = {"miou": 55.0, "source": "paper, Table 9"}
 
@@ -56,6 +59,20 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
     assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
 
 
+def test_variants_stand_beside_their_run_in_a_table_of_their_own(fake_run, tmp_path):
+    table_6 = {"miou": 51.0, "source": "Table 6"}
+    term = {"name": "mgd", "pixel": {"teachers": ["t"]}}
+    changes = {"teachers": {"t": {"checkpoint": "x"}}, "method": term}
+    fake_run("m_4", 0, 50.0, **changes)
+    fake_run("m_4_grid_3", 0, 52.0, reference=table_6, optim={"lr": 0.02}, **changes)
+    fake_run("m_4_supervised", 0, 40.0)
+    cells, _ = collect([tmp_path / "runs"])
+    main, extra = tables(cells).items()
+    assert [row["run"] for row in main[1]] == ["m_supervised", "m"]
+    assert "Table 6: m_4 and its variants" in extra[0]
+    assert [row["run"] for row in extra[1]] == ["m", "m_grid_3"]
+
+
 def test_what_is_left_out_is_said(fake_run, tmp_path):
     fake_run("a", 0, 50.0)
     twin = fake_run("a", 0, 51.0, folder="again")
@@ -79,6 +96,25 @@ def test_another_setting_is_another_cell_and_another_budget_is_announced(fake_ru
     assert len(cells) == 2 and len({cell.label for cell in cells}) == 2
     (line,) = notes(cells)
     assert "not one budget, optim.steps" in line
+    fake_run("b", 0, 50.0, eval={"flip": True})
+    cells, _ = collect([tmp_path / "runs"])
+    assert any("not one budget, eval.flip" in line for line in notes(cells))
+
+
+def test_seeds_of_other_images_are_not_averaged(fake_run, tmp_path):
+    data = {"name": "folder", "classes": ["a", "b"]}
+    for seed, root in enumerate(("here", "there")):
+        place = fake_run("a", seed, 50.0)
+        recipe = tomllib.loads((place / "recipe.toml").read_text()) | {"data": data | {"root": root}}
+        (place / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    assert len(collect([tmp_path / "runs"])[0]) == 2
+    for seed in (0, 1):
+        place = tmp_path / "runs" / f"a-s{seed}"
+        recipe = tomllib.loads((place / "recipe.toml").read_text())
+        recipe["data"] = {"name": "camvid", "root": str(seed)}
+        (place / "recipe.toml").write_text(tomli_w.dumps(recipe))
+    (cell,) = collect([tmp_path / "runs"])[0]
+    assert len(cell.runs) == 2 and cell.title == "camvid (val), partitions: random"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +125,14 @@ def test_a_changed_recipe_loses_its_reference(write_recipe, override, stays):
     recipe = load(write_recipe(reference=REFERENCE), [override])
     assert (recipe.reference is not None) is stays
     assert ("reference" in recipe.to_dict()) is stays
+
+
+def test_teachers_and_baselines_keep_their_reference():
+    student = load(ROOT / "recipes" / "voc_r18_1-8.toml", ["run.seed=1", "data.root=elsewhere"])
+    needed = needed_recipes(student)
+    assert [recipe.reference.miou for recipe in needed.values()] == [76.43, 71.38]
+    changed = load(ROOT / "recipes" / "voc_r18_1-8.toml", ["partition.labeled=1/4"])
+    assert [recipe.reference for recipe in needed_recipes(changed).values()] == [None, None]
 
 
 def test_report_stage_and_best_beside_last(write_recipe, tmp_path):
@@ -111,6 +155,8 @@ def test_report_stage_and_best_beside_last(write_recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())
     assert {row["run"] for row in rows} == {"supervised", "cps"}
+    row = next(row for row in rows if row["run"] == "cps")
+    assert row["best_on_val"] == pytest.approx(metrics["best_on_val"]["miou"])
     assert next(row["miou"] for row in rows if row["run"] == "cps") == pytest.approx(metrics["miou"])
     assert (tmp_path / "out" / "report.md").read_text() in done.stdout
     for name, columns in (("cost.png", None), ("partitions.png", None), ("samples_0.png", 4)):

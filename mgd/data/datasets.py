@@ -11,7 +11,7 @@ import io
 import os
 import unicodedata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import datasets
 import PIL.Image
@@ -108,6 +108,7 @@ _CAMVID = {
 class CamVid(DataSection):
     """CamVid in SegNet's layout: train/ trainannot/ val/ valannot/ (test/ testannot/)."""
 
+    same_everywhere: ClassVar[bool] = True
     root: str
     """Folder of CamVid."""
     val_split: Annotated[str, Field(pattern="^(val|test)$")] = "val"

@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import pooch
 
+from mgd.data.datasets import SUFFIXES
 from mgd.errors import UserError
 from mgd.recipe import Partition
 
@@ -80,13 +81,13 @@ def read_list(path: Path) -> list[str]:
 
 
 def match(entries: list[str], known: Collection[str], what: str) -> list[str]:
-    """Turn the entries of a list into ids of the data: as they stand, or by the stem of a path.
+    """Turn the entries of a list into ids of the data: as they stand, or by the longest end of a path.
 
     Raises:
         UserError: entries that no image answers to, or that come twice, with the first ones.
     """
     known = set(known)
-    ids = [entry if entry in known else PurePosixPath(entry).stem for entry in entries]
+    ids = [_id_of(entry, known) for entry in entries]
     lost = [entry for entry, name in zip(entries, ids, strict=True) if name not in known]
     if lost:
         raise UserError(f"{what}: {len(lost)} of {len(ids)} entries are no image of [data]: {', '.join(lost[:3])}")
@@ -94,6 +95,13 @@ def match(entries: list[str], known: Collection[str], what: str) -> list[str]:
         twice = sorted({name for name in ids if ids.count(name) > 1})
         raise UserError(f"{what}: names {twice[0]} twice")
     return ids
+
+
+def _id_of(entry: str, known: Collection[str]) -> str:
+    path = PurePosixPath(entry)
+    parts = path.with_suffix("").parts if path.suffix.lower() in SUFFIXES else path.parts
+    ends = ["/".join(parts[start:]).removesuffix("_leftImg8bit") for start in range(len(parts))]
+    return next((end for end in (entry, *ends) if end in known), path.stem)
 
 
 def _entries(section: Partition, data_name: str, file: str) -> list[str]:

@@ -52,6 +52,8 @@ class Images:
         name = self.ids[index]
         try:
             row = (self.labeled if with_label else self.unlabeled)[index]
+            if row["image"] is None or (with_label and row["label"] is None):
+                raise ValueError("the table holds no image or no mask for it")
             image = to_rgb(row["image"])
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise UserError(f"image {name} cannot be read: {error}") from error

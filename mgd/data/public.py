@@ -1,9 +1,10 @@
 """Readers of PASCAL VOC 2012 and Cityscapes: official folders, a hub data set, or Parquet files."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import datasets
+import pyarrow
 from pydantic import Field, model_validator
 
 from mgd.data.datasets import Splits, by_stem, default_colors, existing_folder, paired, some, table
@@ -45,8 +46,9 @@ _SPLITS = ("train", "val")
 
 
 class PublicSection(DataSection):
-    """Keys that the readers of public data sets share; give one of `root`, `hub` and `parquet`."""
+    """Keys that the readers of public data sets share; `hub` or `parquet` takes the place of `root`."""
 
+    same_everywhere: ClassVar[bool] = True
     root: str | None = None
     """Official folder."""
     hub: str | None = None
@@ -62,8 +64,8 @@ class PublicSection(DataSection):
 
     @model_validator(mode="after")
     def _one_source(self) -> "PublicSection":
-        if sum(source is not None for source in (self.root, self.hub, self.parquet)) != 1:
-            raise ValueError("give one of root (official folder), hub and parquet")
+        if (self.hub is None) == (self.parquet is None) and (self.hub is not None or self.root is None):
+            raise ValueError("give root (official folder), or one of hub and parquet in its place")
         return self
 
     def class_names(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class PublicSection(DataSection):
 
     def load(self) -> Splits:
         """List both splits."""
-        if self.root is not None:
+        if self.hub is None and self.parquet is None:
             labeled, val = self._from_folder(existing_folder(self.root, "[data] root"))
         else:
             labeled, val = self._from_tables()
@@ -109,7 +111,16 @@ class PublicSection(DataSection):
             )
         source = source.select_columns(list(wanted)).rename_columns({k: v for k, v in wanted.items() if k != v})
         features = {"id": datasets.Value("string"), "image": datasets.Image(), "label": datasets.Image()}
-        return source.cast(datasets.Features({name: features[name] for name in source.column_names}))
+        where = f"[data] {self.hub or self.parquet}"
+        try:
+            source = source.cast(datasets.Features({name: features[name] for name in source.column_names}))
+        except (TypeError, ValueError, NotImplementedError, pyarrow.ArrowException) as error:
+            kinds = ", ".join(f"{name} {kind}" for name, kind in source.features.items())
+            raise UserError(f"{where}: id must be text, image and label images; they are {kinds}") from error
+        ids = source["id"][:]
+        if len(set(ids)) < len(ids):
+            raise UserError(f"{where}: the id {next(name for name in ids if ids.count(name) > 1)!r} comes twice")
+        return source
 
 
 @DATASETS.register("voc")
@@ -150,7 +161,7 @@ class Cityscapes(PublicSection):
     def _split(self, root: Path, split: str) -> datasets.Dataset:
         images = _city_files(root / "leftImg8bit" / split, "_leftImg8bit")
         masks = _city_files(root / "gtFine" / split, f"_gtFine_{self.label_ids}")
-        return _choose(root, images, masks, sorted(images))
+        return _choose(root, images, masks, sorted(images.keys() | masks.keys()))
 
     def _coding(self) -> tuple:
         remap = ()
@@ -167,7 +178,10 @@ def _city_files(folder: Path, suffix: str) -> dict[str, Path]:
 
 
 def _choose(root: Path, images: dict[str, Path], masks: dict[str, Path], ids: list[str]) -> datasets.Dataset:
+    problems = []
     for what, files in (("image", images), ("mask", masks)):
         if missing := [name for name in ids if name not in files]:
-            raise UserError(f"{root}: {len(missing)} of {len(ids)} have no {what}: {some(missing)}")
+            problems.append(f"{root}: {len(missing)} of {len(ids)} have no {what}: {some(missing)}")
+    if problems:
+        raise UserError("\n".join(problems))
     return paired(images, {name: masks[name] for name in ids})

@@ -1,6 +1,6 @@
 """What the training loop asks of a method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
@@ -125,6 +125,16 @@ def look(teacher: nn.Module, views: Mapping[str, Tensor], wanted: Sequence[str])
         output = teacher(torch.cat([views[view] for view in wanted]))
     parts = zip(*(tensor.chunk(len(wanted)) for tensor in output), strict=True)
     return {view: type(output)(*tensors) for view, tensors in zip(wanted, parts, strict=True)}
+
+
+def check_used(used: Iterable[str], teachers: tuple[str, ...], keys: str) -> None:
+    """Check that no teacher is trained and loaded for nothing.
+
+    Raises:
+        UserError: naming the teacher and the keys that could use it.
+    """
+    if unused := sorted(set(teachers) - set(used)):
+        raise UserError(f"nothing uses the teacher {unused[0]!r}; name it in {keys}, or remove [teachers.{unused[0]}]")
 
 
 def check_names(key: str, names: tuple[str, ...], teachers: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgd.data.cutmix import mix
 from mgd.losses.kd import pixel_kl
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, look
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look
 from mgd.registry import METHODS
 
 
@@ -34,9 +34,10 @@ class LogitDistillation(Method):
 
     @classmethod
     def check(cls, config: LogitSection, teachers: tuple[str, ...]) -> None:
-        """Check that the teachers exist."""
+        """Check that the teachers exist, and that every one is used."""
         super().check(config, teachers)
         check_names("distill_from", config.distill_from, teachers)
+        check_used(config.distill_from, teachers, "distill_from")
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the loss of the labelled and the CutMix-ed unlabelled images."""

@@ -8,9 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mgd.data.cutmix import mix
-from mgd.errors import UserError
 from mgd.losses import mgd as losses
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, look, num_processes
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look, num_processes
 from mgd.recipe import Positive, Section
 from mgd.registry import METHODS
 
@@ -75,11 +74,7 @@ class MGD(Method):
             names = getattr(config, term).teachers
             check_names(f"{term}.teachers", names, teachers)
             used |= set(names)
-        if unused := sorted(set(teachers) - used):
-            raise UserError(
-                f"no term uses the teacher {unused[0]!r}; name it in pixel.teachers, image.teachers or "
-                f"region.teachers, or remove [teachers.{unused[0]}]"
-            )
+        check_used(used, teachers, "pixel.teachers, image.teachers or region.teachers")
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the loss of the labelled and the CutMix-ed unlabelled images."""

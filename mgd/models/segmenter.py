@@ -157,6 +157,16 @@ def check_trainable(
         build_backbone(section.backbone, section.output_stride, pretrained=True)
 
 
+def model_section(source: str | Path) -> ModelSection:
+    """Return the `[student]` section of a saved segmenter, without its weights.
+
+    Raises:
+        UserError: nothing there, or no configuration of ours.
+    """
+    path = find_model(source) / "config.json"
+    return parse_model(_read_config(path)["model"], source=str(path))
+
+
 def load_segmenter(source: str | Path) -> Segmenter:
     """Load a saved segmenter, every weight accounted for.
 

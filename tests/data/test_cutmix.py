@@ -1,5 +1,7 @@
 import math
 
+import numpy as np
+import pytest
 import torch
 
 from mgd.data.cutmix import box_masks, mix
@@ -9,9 +11,18 @@ def test_expected_area_is_that_of_three_xored_boxes():
     generator = torch.Generator().manual_seed(0)
     masks = box_masks(4000, (60, 80), generator)
     assert masks.shape == (4000, 1, 60, 80) and masks.dtype == torch.bool
-    side = 0.375 / math.sqrt(3)  # mean side of a box
-    covered = 3 * side**2
-    assert 0.85 * covered < masks.float().mean().item() < covered  # a little is lost where boxes overlap
+    # Three boxes of sides U(0.25, 0.5) / sqrt(3), XOR-ed, drawn plainly; OR would cover 0.130 of the area.
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(4000):
+        area = np.zeros((60, 80), bool)
+        for _ in range(3):
+            height, width = (round(side * rng.uniform(0.25, 0.5) / math.sqrt(3)) for side in (60, 80))
+            top, left = rng.integers(60 - height + 1), rng.integers(80 - width + 1)
+            area[top : top + height, left : left + width] ^= True
+        covered.append(area.mean())
+    assert abs(np.mean(covered) - 0.1236) < 0.002
+    assert masks.float().mean().item() == pytest.approx(np.mean(covered), rel=0.015)
 
 
 def test_one_box_has_the_stated_extent_and_lies_inside():

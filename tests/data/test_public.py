@@ -11,7 +11,7 @@ from mgd.data.loaders import Images
 from mgd.data.partitions import split
 from mgd.data.public import CITYSCAPES, VOC, Cityscapes
 from mgd.errors import UserError
-from mgd.recipe import Partition
+from mgd.recipe import Partition, load
 
 LISTS = ROOT.parent / "shared" / "partitions"
 needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the public partition lists are not beside the project")
@@ -37,7 +37,8 @@ def voc(tmp_path):
     _palette(values, root / "SegmentationClass" / "2007_000033.png")
     (root / "SegmentationClassAug").mkdir()
     for name in ("2007_000032", "2007_000039", "2007_000033"):
-        PIL.Image.fromarray(values).save(root / "SegmentationClassAug" / f"{name}.png")
+        coarse = values * 0 if name == "2007_000033" else values  # val is scored on the official mask
+        PIL.Image.fromarray(coarse).save(root / "SegmentationClassAug" / f"{name}.png")
     rgb = np.array([[[0, 0, 0], [192, 128, 128]], [[224, 224, 192], [0, 64, 128]]], np.uint8)
     PIL.Image.fromarray(rgb).save(root / "SegmentationClassAug" / "2008_000001.png")
     sets = root / "ImageSets" / "Segmentation"
@@ -112,9 +113,94 @@ def test_parquet_with_columns_of_ones_own(voc, tmp_path):
         VOC(name="voc", parquet=str(tmp_path / "pq")).load()
 
 
+def test_tables_that_do_not_fit_are_one_line(voc, tmp_path):
+    import datasets
+
+    def load(**columns):
+        for name in ("train", "val"):
+            datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
+        return VOC(name="voc", parquet=str(tmp_path)).load()
+
+    image = {"bytes": (voc / "JPEGImages" / "2007_000032.jpg").read_bytes(), "path": None}
+    with pytest.raises(UserError, match="id must be text, image and label images; they are .*label Value"):
+        load(id=["a", "b"], image=[image, image], label=[1, 2])
+    with pytest.raises(UserError, match="the id 'a' comes twice"):
+        load(id=["a", "a"], image=[image, image], label=[image, image])
+    splits = load(id=["a", "b"], image=[image, image], label=[image, None])
+    with pytest.raises(UserError, match="image b cannot be read: the table holds no image or no mask"):
+        Images(splits.labeled, splits.decoder).read(1, True)
+
+
+def test_a_hub_data_set_takes_the_place_of_root(voc, monkeypatch):
+    import datasets
+
+    source = VOC(name="voc", root=str(voc)).load()
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        return datasets.DatasetDict({"train": source.labeled, "validation": source.val})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    recipe = load(ROOT / "recipes" / "voc_r18_1-8.toml", ["data.hub=org/voc"])
+    assert recipe.reference.miou == 68.29
+    splits = recipe.data.load()
+    assert asked == [("org/voc", {})] and splits.val["id"][:] == ["2007_000033"]
+    assert splits.labeled["id"][:] == source.labeled["id"][:]
+
+
 def test_one_source_of_data():
-    with pytest.raises(ValueError, match="give one of root"):
-        VOC(name="voc", root="a", hub="b/c")
+    with pytest.raises(ValueError, match="give root"):
+        VOC(name="voc", parquet="a", hub="b/c")
+    with pytest.raises(ValueError, match="give root"):
+        VOC(name="voc")
+
+
+def test_lists_name_images_by_id_or_path():
+    ids = ["ulm_000002_000019", "sub/d", "unlabeled/x", "x", "a.b"]
+    entries = ["leftImg8bit/train/ulm/ulm_000002_000019_leftImg8bit.png", "/data/sub/d.png", "unlabeled/x.jpg", "a.b"]
+    assert match(entries, ids, "list") == ["ulm_000002_000019", "sub/d", "unlabeled/x", "a.b"]
+    assert match(["images/x.png"], ids, "list") == ["x"]
+
+
+def test_a_list_is_fetched_by_url_and_checked(tmp_path, monkeypatch):
+    """From a server on loopback that serves the right bytes once and others after."""
+    import hashlib
+    import http.server
+    import threading
+
+    from mgd.data import lists
+
+    answers = [b"2007_000032\n", b"2007_000039\n", b"something else\n"]
+    paths = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answers.pop(0))
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = [f"voc/train_aug_{kind}_1-8.txt" for kind in ("labeled", "unlabeled")]
+    sums = {name: hashlib.sha256(text).hexdigest() for name, text in zip(names, answers, strict=False)}
+    monkeypatch.setattr(lists, "_SHA256", sums)
+    monkeypatch.setattr(lists, "_BASE", f"http://127.0.0.1:{server.server_port}")
+    section = Partition(protocol="cps", labeled="1/8")
+    for cache in ("one", "two"):
+        monkeypatch.setattr("pooch.os_cache", lambda _, cache=cache: tmp_path / cache)
+        if cache == "one":
+            assert public_lists(section, "voc") == (["2007_000032"], ["2007_000039"])
+            assert public_lists(section, "voc") == (["2007_000032"], ["2007_000039"])  # from the cache
+        else:
+            with pytest.raises(UserError, match="SHA256 hash of downloaded file .* does not match"):
+                public_lists(section, "voc")
+    server.shutdown()
+    assert paths[:2] == [f"/pascal_voc/subset_train_aug/{name[4:]}" for name in names] and len(paths) == 3
 
 
 def test_lists_of_ones_own(tmp_path):

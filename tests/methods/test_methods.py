@@ -151,20 +151,26 @@ def test_region_level_is_not_computed_in_bf16():
     assert inside.item() == region_level(student, teacher).item()
 
 
+@pytest.mark.parametrize("on", [("labeled",), ("unlabeled",), ("labeled", "unlabeled")])
 @pytest.mark.parametrize(("method", "config", "loss"), [(KD, KDConfig, pixel_kl), (CWD, CWDConfig, channel_wise)])
-def test_kd_and_cwd_average_the_teachers_on_what_the_recipe_says(batch, method, config, loss):
+def test_kd_and_cwd_average_the_teachers_on_what_the_recipe_says(batch, method, config, loss, on):
     student, deep, wide = Toy(0), Toy(1), Toy(2)
-    section = config(distill_from=("deep", "wide"), on=("unlabeled",), weight=2.0, temperature=3.0)
+    section = config(distill_from=("deep", "wide"), on=on, weight=2.0, temperature=3.0)
     out = method(section, [student], {"deep": deep, "wide": wide}).step(batch, 0)
     image = _mixed(batch, batch["unlabeled"], batch["mix"])
     expected = functional.cross_entropy(student(batch["image"]).logits, batch["label"], ignore_index=255)
+    views = {"labeled": batch["image"], "unlabeled": image}
     for teacher in (deep, wide):
-        expected = expected + 2.0 * loss(student(image).logits, teacher(image).logits, 3.0) / 2
+        for view in on:
+            seen = student(views[view]).logits, teacher(views[view]).logits
+            expected = expected + 2.0 * loss(*seen, 3.0) / 2
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     out.loss.backward()
     assert all(parameter.grad is None for parameter in deep.parameters())
     with pytest.raises(UserError, match="distill_from = 'deep': no such teacher"):
         method.check(section, ("depp",))
+    with pytest.raises(UserError, match="nothing uses the teacher 'other'; name it in distill_from"):
+        method.check(section, ("deep", "wide", "other"))
 
 
 def test_mean_teacher_step_and_average(batch):
@@ -182,14 +188,17 @@ def test_mean_teacher_step_and_average(batch):
     method.after_step(3)  # 1 - 1 / 4 is still below the decay
     for old, new, current in zip(before, method.average.parameters(), student.parameters(), strict=True):
         assert torch.allclose(new, 0.75 * old + 0.25 * current)
+    assert MeanTeacherConfig().weight == 100.0 and CWDConfig(distill_from=("a",)).weight == 3.0
     method.after_step(1000)
     assert method.deployed() is method.average and set(method.averages) == {"average"}
 
 
 def test_ohem_takes_the_place_of_cross_entropy(batch):
     student = Toy(0)
-    out = Supervised(SupervisedConfig(ohem=OHEM(threshold=0.3, min_kept_per_image=20)), [student]).step(batch, 0)
-    expected = ohem_cross_entropy(student(batch["image"]).logits, batch["label"], 0.3, 40)
+    out = Supervised(SupervisedConfig(ohem=OHEM(threshold=0.01, min_kept_per_image=20)), [student]).step(batch, 0)
+    expected = ohem_cross_entropy(student(batch["image"]).logits, batch["label"], 0.01, 40)
+    half = ohem_cross_entropy(student(batch["image"]).logits, batch["label"], 0.01, 20)
+    assert half.item() != pytest.approx(expected.item(), rel=1e-3)
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     plain = Supervised(SupervisedConfig(), [student]).step(batch, 0).loss
     assert out.loss > plain
