@@ -21,6 +21,7 @@ from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, TrainingPairs, evaluation_loader, per_process
 from mgd.data.partitions import Split, split
 from mgd.data.scan import scan
+from mgd.data.stream import Pool, whole_pool
 from mgd.errors import UserError
 from mgd.files import write_json, write_text
 from mgd.inference import count_confusion, predict
@@ -31,7 +32,7 @@ from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import DataSection, Recipe
 from mgd.registry import METHODS
 from mgd.runs import best_so_far, device_name, finished_metrics, keep_best, open_folder, peak_memory_mb, versions
-from mgd.train import train
+from mgd.train import TrainingTime, train
 
 
 def run_recipe(
@@ -66,15 +67,16 @@ def run_recipe(
     frozen = {name: teacher.to(accelerator.device) for name, teacher in (teachers or {}).items()}
     method = method_class(recipe.method, networks, frozen)
     pairs = _training_pairs(recipe, splits, partition, method_class.uses_unlabeled)
+    pool = Pool(recipe.data.unlabeled) if partition.streamed and method_class.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)
-    num_steps = total_steps(recipe.optim, len(partition.labeled), len(partition.unlabeled))
+    num_steps = total_steps(recipe.optim, len(partition.labeled), partition.num_unlabeled)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
             open_folder(recipe, partition, fingerprints, restart)
     accelerator.print(
         f"{folder}: {recipe.method.name} {recipe.student.backbone}, {len(partition.labeled)} labelled / "
-        f"{len(partition.unlabeled)} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "
+        f"{_count(partition)} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
@@ -90,24 +92,44 @@ def run_recipe(
             keep_best(folder, network, recipe, step, found.miou)
         return found
 
-    seconds, skipped = train(method, pairs, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
+    spent = train(method, pairs, pool, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
     network = method.deployed()
     result = evaluate(network, num_steps)
-    metrics = {
-        "name": folder.name,
+    metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)
+    if accelerator.is_main_process:
+        _finish(folder, recipe, network, val, splits, metrics, accelerator.device)
+    accelerator.wait_for_everyone()
+    accelerator.print(f"{folder}: mIoU {result.miou:.2f} on {len(val)} val images, {spent.seconds:.0f} s of training")
+    return metrics
+
+
+def _metrics(
+    recipe: Recipe,
+    splits: Splits,
+    partition: Split,
+    result: Scores,
+    num_steps: int,
+    spent: TrainingTime,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What `metrics.json` holds."""
+    seconds = spent.seconds
+    return {
+        "name": recipe.run_dir.name,
         "method": recipe.method.name,
         "backbone": recipe.student.backbone,
         "miou": result.miou,
-        "best_on_val": best_so_far(folder),
+        "best_on_val": best_so_far(recipe.run_dir),
         "pixel_accuracy": result.pixel_accuracy,
         "iou": dict(zip(splits.classes, result.iou, strict=True)),
         "num_labeled": len(partition.labeled),
-        "num_unlabeled": len(partition.unlabeled),
-        "num_val": len(val),
+        "num_unlabeled": partition.num_unlabeled,
+        "num_val": len(splits.val),
         "seed": recipe.run.seed,
         "steps": num_steps,
         "seconds": seconds,
-        "skipped_steps": skipped,
+        "skipped_steps": spent.skipped_steps,
+        "skipped_images": len(partition.skipped) + spent.skipped_images,
         "images_per_second": num_steps * recipe.optim.batch_size / seconds if seconds else None,
         "peak_memory_mb": peak_memory_mb(accelerator.device),
         "num_processes": accelerator.num_processes,
@@ -116,11 +138,6 @@ def run_recipe(
         "versions": versions(),
         "command": recipe.command,
     }
-    if accelerator.is_main_process:
-        _finish(folder, recipe, network, val, splits, metrics, accelerator.device)
-    accelerator.wait_for_everyone()
-    accelerator.print(f"{folder}: mIoU {result.miou:.2f} on {len(val)} val images, {seconds:.0f} s of training")
-    return metrics
 
 
 def load_splits(section: DataSection) -> Splits:
@@ -140,6 +157,9 @@ def _without_augmentation(section: DataSection) -> DataSection:
 @functools.lru_cache(maxsize=2)
 def _load_splits(section: DataSection) -> Splits:
     splits = section.load()
+    if section.unlabeled and not section.unlabeled.streaming:
+        pool = whole_pool(section.unlabeled)
+        splits = dataclasses.replace(splits, unlabeled=datasets.concatenate_datasets([splits.unlabeled, pool]))
     if len(splits.val) == 0:
         raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
     return splits
@@ -162,10 +182,17 @@ def check_recipe(
     for name, teacher in (teachers or {}).items():
         check_classes(splits, teacher, f"[teachers.{name}]")
     section = _without_augmentation(recipe.data)
+    if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
+        if partition.unlabeled:
+            accelerator.print(f"note: {len(partition.unlabeled)} unlabelled images give way to [data.unlabeled]")
+        partition = dataclasses.replace(partition, unlabeled=())
     splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
     whole = size if recipe.eval.mode == "whole" else None
     images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
     check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
+    if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
+        count = Pool(recipe.data.unlabeled).count
+        return splits, dataclasses.replace(partition, streamed=True, num_streamed=count)
     if not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
         accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition
@@ -292,12 +319,18 @@ def evaluate_network(
 def _training_pairs(recipe: Recipe, splits: Splits, partition: Split, uses_unlabeled: bool) -> TrainingPairs:
     scale = recipe.data.image_scale
     labeled = Images(_rows(splits.labeled, partition.labeled), splits.decoder, scale)
-    if not uses_unlabeled:
+    if not uses_unlabeled or partition.streamed:
         return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)
     # With no image left unlabelled, the labelled ones serve as the pool, their masks unseen.
     pool = partition.unlabeled or partition.labeled
     source = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
     return TrainingPairs(labeled, Images(_rows(source, pool), splits.decoder, scale), recipe.data, recipe.run.seed)
+
+
+def _count(partition: Split) -> str:
+    if not partition.streamed:
+        return str(len(partition.unlabeled))
+    return "a stream of " + ("unknown length" if partition.num_streamed is None else str(partition.num_streamed))
 
 
 def _rows(source: datasets.Dataset, ids: tuple[str, ...]) -> datasets.Dataset:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from mgd.errors import UserError
 from mgd.recipe import Optim
 
 
@@ -31,12 +32,17 @@ def poly_lr(section: Optim, step: int, total_steps: int) -> float:
     return section.lr * (1 - step / total_steps) ** section.power
 
 
-def total_steps(section: Optim, num_labeled: int, num_unlabeled: int) -> int:
+def total_steps(section: Optim, num_labeled: int, num_unlabeled: int | None) -> int:
     """Turn the recipe's length into optimiser steps.
 
     An epoch is a pass over the larger of the two sets; it does not depend on the method, so all
     methods train equally long.
+
+    Raises:
+        UserError: epochs over a stream of unknown length.
     """
     if section.steps is not None:
         return section.steps
+    if num_unlabeled is None:
+        raise UserError("[optim] epochs: the length of the unlabelled stream is not known; give steps instead")
     return max(1, math.ceil(section.epochs * max(num_labeled, num_unlabeled) / section.batch_size))

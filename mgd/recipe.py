@@ -53,6 +53,36 @@ class Run(Section):
     """CPU threads a process; 0 shares out the cores this machine lets us use."""
 
 
+class UnlabeledSection(Section):
+    """`[data.unlabeled]`: a pool of unlabelled images beside the data set; give one of hub, parquet, webdataset."""
+
+    hub: str | None = None
+    """Data set on the hub ("org/name")."""
+    parquet: str | None = None
+    """Folder of *.parquet files, images as bytes."""
+    webdataset: str | None = None
+    """Folder of *.tar files; the image column is then the suffix, e.g. "jpg"."""
+    split: str = "train"
+    """Split of a hub data set."""
+    image_column: str = "image"
+    """Column of the image."""
+    streaming: bool = False
+    """Read it as an endless stream, of any length, in place of all other unlabelled images."""
+    buffer: Annotated[int, Field(gt=0)] = 1000
+    """Images that a reader of the stream holds in memory and shuffles."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "UnlabeledSection":
+        if sum(source is not None for source in (self.hub, self.parquet, self.webdataset)) != 1:
+            raise ValueError("give one of hub, parquet and webdataset")
+        return self
+
+    @property
+    def location(self) -> str:
+        """Where it is, as the recipe says."""
+        return self.hub or self.parquet or self.webdataset
+
+
 class DataSection(Section):
     """Keys of `[data]` that every data set has; the readers in mgd/data/datasets.py add theirs."""
 
@@ -77,6 +107,8 @@ class DataSection(Section):
     """Random horizontal flip."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Data loading processes a training process."""
+    unlabeled: UnlabeledSection | None = None
+    """`[data.unlabeled]`: more unlabelled images, as many as there are."""
     on_error: Literal["raise", "skip"] = "raise"
     """An image or mask that cannot be used ends the run before it starts, or is left out and listed."""
 

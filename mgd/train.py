@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm.layers
 import torch
@@ -16,7 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from mgd.checkpoint import load_checkpoint, save_checkpoint
-from mgd.data.loaders import StepSampler, TrainingPairs, training_loader
+from mgd.data.feed import Feed
+from mgd.data.loaders import TrainingPairs
+from mgd.data.stream import Pool
 from mgd.errors import Stopped, UserError
 from mgd.files import append_line, write_text
 from mgd.guard import Guard, StopSignals
@@ -31,11 +33,14 @@ class TrainingTime(NamedTuple):
 
     seconds: float
     skipped_steps: int
+    skipped_images: int
+    """Of the unlabelled stream."""
 
 
 def train(
     method: Method,
     pairs: TrainingPairs,
+    pool: Pool | None,
     recipe: Recipe,
     num_steps: int,
     accelerator: Accelerator,
@@ -47,6 +52,7 @@ def train(
     Args:
         method: built method; its networks are trained.
         pairs: the samples of the run.
+        pool: the stream of unlabelled images, if any.
         recipe: the run; `[run]`, `[optim]`, `[eval] every` and `[data] workers` are used.
         num_steps: optimiser steps of the whole run.
         accelerator: device, processes and precision.
@@ -60,22 +66,16 @@ def train(
         UserError: a loss that is not finite; a resume point that does not fit.
         Stopped: a signal came; a resume point has been written.
     """
-    run, world_size, every = recipe.run, accelerator.num_processes, recipe.eval.every
-    networks = [_synced(network, recipe.optim, accelerator) for network in method.networks]
-    averages = {name: network.to(accelerator.device) for name, network in method.averages.items()}
-    modules = {f"network{index}": network for index, network in enumerate(networks)} | averages
-    optimizer = build_optimizer(recipe.optim, networks)
-    start, seconds, skipped = _resume(folder / "checkpoint", modules, optimizer, recipe, accelerator)
+    networks, modules = _on_device(method, recipe.optim, accelerator)
+    optimizer, every = build_optimizer(recipe.optim, networks), recipe.eval.every
+    point = ResumePoint(folder / "checkpoint", modules, optimizer, recipe, accelerator)
+    start = point.reached["step"]
     *method.networks, optimizer = accelerator.prepare(*networks, optimizer)
 
-    log = StepLog(folder / "metrics.jsonl", start, recipe.optim.batch_size, accelerator, every)
-    guard = Guard(recipe.optim.nonfinite, folder, modules, accelerator, skipped)
-    sampler = StepSampler(start, num_steps, recipe.optim.batch_size, accelerator.process_index, world_size)
-    bar = tqdm(
-        total=num_steps, initial=start, desc=folder.name, unit="step", disable=None if log.writes else True, leave=False
-    )
+    log = StepLog(folder / "metrics.jsonl", start, num_steps, recipe.optim.batch_size, accelerator, every)
+    guard = Guard(recipe.optim.nonfinite, folder, modules, accelerator, point.reached["skipped"])
+    feed = Feed(pairs, pool, recipe.data, accelerator, folder, point.reached["stream"])
     kept = f"step {{}} of {num_steps} is kept; the same command goes on from there"
-    began = time.perf_counter()
     with StopSignals() as signals:
 
         def score(step: int) -> None:
@@ -85,14 +85,10 @@ def train(
 
         if every and 0 < start < num_steps and start % every == 0:
             score(start)
-        loader = training_loader(pairs, sampler, recipe.data.workers, pin_memory=accelerator.device.type == "cuda")
-        for step, batch in enumerate(loader, start):
-            for network in method.networks:
-                network.train()
+        for step, batch in enumerate(feed.batches(start, num_steps, recipe.optim.batch_size), start):
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
-            torch.manual_seed(hash((run.seed, step, accelerator.process_index)))  # dropout, if any
-            for group in optimizer.param_groups:
-                group["lr"] = poly_lr(recipe.optim, step, num_steps)
+            lr = poly_lr(recipe.optim, step, num_steps)
+            _begin_step(method, optimizer, lr, seed=hash((recipe.run.seed, step, accelerator.process_index)))
             guard.before()
 
             # ---- one training step ---------------------------------------------------------------
@@ -107,59 +103,96 @@ def train(
             # --------------------------------------------------------------------------------------
 
             done = step + 1
-            bar.update()
             evaluates = every and done % every == 0 and done < num_steps
-            saves = done % run.checkpoint_every == 0 or done == num_steps or evaluates or signal_number
-            if done % run.log_every == 0 or saves:
-                row = log.write(done, {"loss": out.loss, **out.log}, lr=poly_lr(recipe.optim, step, num_steps))
-                bar.set_postfix(loss=row["loss"], img_s=f"{row['images_per_second']:.1f}", refresh=False)
+            saves = done % recipe.run.checkpoint_every == 0 or done == num_steps or evaluates or signal_number
+            if done % recipe.run.log_every == 0 or saves:
+                log.write(done, {"loss": out.loss, **out.log}, lr)
             if saves:
-                share_buffers(modules.values())
-                if accelerator.is_main_process:
-                    spent = seconds + time.perf_counter() - began
-                    reached = {"step": done, "seconds": spent, "skipped": guard.skipped, "recipe": recipe.to_dict()}
-                    save_checkpoint(folder / "checkpoint", modules, optimizer, reached)
-                accelerator.wait_for_everyone()
+                point.write(step=done, skipped=guard.skipped, stream=feed.state())
             if signal_number and done < num_steps:
                 raise Stopped(signal_number, kept.format(done))
             if evaluates:
                 score(done)
-    bar.close()
+    log.bar.close()
     method.networks = networks
     accelerator.free_memory()  # a teacher's optimiser must not stay while its student trains
-    return TrainingTime(seconds + time.perf_counter() - began, guard.skipped)
+    return TrainingTime(point.seconds(), guard.skipped, feed.skipped_everywhere())
 
 
-def _resume(
-    folder: Path,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    accelerator: Accelerator,
-) -> tuple[int, float, int]:
-    """Load the resume point in place, if there is one; return steps done, seconds spent, steps skipped."""
-    progress = load_checkpoint(folder, modules, optimizer) or {}
-    starts = accelerator.gather(torch.tensor([progress.get("step", 0)], device=accelerator.device)).tolist()
-    if len(set(starts)) > 1:
-        raise UserError(
-            f"{folder}: the processes see different resume points (steps {', '.join(map(str, sorted(set(starts))))}); "
-            "[run] output must lie on a disk that all machines share"
-        )
-    if not progress:
-        return 0, 0.0, 0
-    if differences := recipe_differences(progress.get("recipe", {}), recipe):
-        raise UserError(
-            f"{folder} is of another recipe ({'; '.join(differences[:4])}); start over: {recipe.command} --restart"
-        )
-    accelerator.print(f"{folder.parent}: goes on at step {progress['step']}")
-    return progress["step"], progress["seconds"], progress.get("skipped", 0)
+class ResumePoint:
+    """The resume point of a run: loaded in place if there is one, written again and again.
+
+    Args:
+        folder: the run's `checkpoint/`.
+        modules: networks by name.
+        optimizer: their optimiser.
+        recipe: the run; a resume point of another is refused.
+        accelerator: device and processes.
+
+    Raises:
+        UserError: it is damaged, of another recipe, or not the same on all machines.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        modules: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        accelerator: Accelerator,
+    ) -> None:
+        self.folder, self.modules, self.optimizer = folder, modules, optimizer
+        self.recipe, self.accelerator = recipe, accelerator
+        self.reached: dict[str, Any] = {"step": 0, "seconds": 0.0, "skipped": 0, "stream": None}
+        found = load_checkpoint(folder, modules, optimizer)
+        step = found["step"] if found else 0
+        steps = accelerator.gather(torch.tensor([step], device=accelerator.device)).tolist()
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"{folder}: the processes see different resume points (steps {', '.join(map(str, steps))}); "
+                "[run] output must lie on a disk that all machines share"
+            )
+        if found:
+            if differences := recipe_differences(found.get("recipe", {}), recipe):
+                raise UserError(
+                    f"{folder} is of another recipe ({'; '.join(differences[:4])}); start over: "
+                    f"{recipe.command} --restart"
+                )
+            self.reached |= found
+            accelerator.print(f"{folder.parent}: goes on at step {step}")
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds spent training, over all sittings."""
+        return self.reached["seconds"] + time.perf_counter() - self.began
+
+    def write(self, **progress: Any) -> None:
+        """Write it, with the statistics of the first process; called on all processes."""
+        share_buffers(self.modules.values())
+        if self.accelerator.is_main_process:
+            progress |= {"seconds": self.seconds(), "recipe": self.recipe.to_dict()}
+            save_checkpoint(self.folder, self.modules, self.optimizer, progress)
+        self.accelerator.wait_for_everyone()
 
 
-def _synced(network: nn.Module, section: Optim, accelerator: Accelerator) -> nn.Module:
-    """Put a network on its device, its BatchNorm over all processes if the recipe says so."""
+def _on_device(
+    method: Method, section: Optim, accelerator: Accelerator
+) -> tuple[list[nn.Module], dict[str, nn.Module]]:
+    """Put networks and averages on the device; return the networks, and all that a resume point holds by name."""
+    networks = method.networks
     if section.sync_batchnorm:
-        network = timm.layers.convert_sync_batchnorm(network)
-    return network.to(accelerator.device)
+        networks = [timm.layers.convert_sync_batchnorm(network) for network in networks]
+    networks = [network.to(accelerator.device) for network in networks]
+    averages = {name: network.to(accelerator.device) for name, network in method.averages.items()}
+    return networks, {f"network{index}": network for index, network in enumerate(networks)} | averages
+
+
+def _begin_step(method: Method, optimizer: torch.optim.Optimizer, lr: float, seed: int) -> None:
+    for network in method.networks:
+        network.train()
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    torch.manual_seed(seed)  # dropout, if any
 
 
 class StepLog:
@@ -168,14 +201,19 @@ class StepLog:
     Args:
         path: the file; lines past `start` are dropped, their steps will be done again.
         start: steps done before this sitting.
+        num_steps: steps of the whole run, for the progress bar.
         batch_size: labelled images a step.
         accelerator: only its main process writes.
         every: steps between two evaluations; one at `start` is done again, so its line is dropped.
     """
 
-    def __init__(self, path: Path, start: int, batch_size: int, accelerator: Accelerator, every: int = 0) -> None:
+    def __init__(
+        self, path: Path, start: int, num_steps: int, batch_size: int, accelerator: Accelerator, every: int = 0
+    ) -> None:
         self.path, self.batch_size, self.accelerator = path, batch_size, accelerator
         self.writes = accelerator.is_main_process
+        silent = None if self.writes else True  # None: shown on a terminal
+        self.bar = tqdm(total=num_steps, initial=start, desc=path.parent.name, unit="step", disable=silent, leave=False)
         self.last_step, self.last_time = start, time.perf_counter()
         if self.writes and path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -184,8 +222,8 @@ class StepLog:
                 kept = [line for line in kept if _step_of(line) < start or "val_miou" not in line]
             write_text(path, "".join(kept))
 
-    def write(self, step: int, values: dict[str, torch.Tensor], lr: float) -> dict[str, float]:
-        """Write one line and return it."""
+    def write(self, step: int, values: dict[str, torch.Tensor], lr: float) -> None:
+        """Write one line, and move the progress bar."""
         stacked = torch.stack([value.detach().float() for value in values.values()])
         means = self.accelerator.reduce(stacked, reduction="mean").tolist()
         row = {"step": step, **dict(zip(values, means, strict=True)), "lr": lr}
@@ -193,7 +231,8 @@ class StepLog:
         row["images_per_second"] = (step - self.last_step) * self.batch_size / (now - self.last_time)
         self.last_step, self.last_time = step, now
         self._append(row)
-        return row
+        self.bar.set_postfix(loss=row["loss"], img_s=f"{row['images_per_second']:.1f}", refresh=False)
+        self.bar.update(step - self.bar.n)
 
     def write_scores(self, step: int, miou: float) -> None:
         """Write the result of an evaluation; its time does not count as training speed."""

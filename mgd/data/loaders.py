@@ -8,7 +8,7 @@ many, and a resumed run goes on exactly where it stopped.
 import functools
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import datasets
 import numpy as np
@@ -22,6 +22,7 @@ from mgd.errors import UserError
 from mgd.recipe import DataSection
 
 LABELED, UNLABELED, MIX, MASK = range(4)  # the streams of randomness; each is drawn on its own
+UNLABELED_STREAMS = {"unlabeled": UNLABELED, "mix": MIX}
 
 
 class Images:
@@ -80,22 +81,36 @@ class TrainingPairs(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | str]:
         """Return `image`, `label`, `id` and, with an unlabelled set, `unlabeled`, `mix`, `mask`."""
-        name, image, label = self._sample(self.labeled, LABELED, position)
-        sample = {"id": name, "image": image, "label": label}
+        pair = {}
         if self.unlabeled is not None:
-            for key, stream in (("unlabeled", UNLABELED), ("mix", MIX)):
-                sample[f"{key}_id"], sample[key], _ = self._sample(self.unlabeled, stream, position)
+            for key, stream in UNLABELED_STREAMS.items():
+                name, image, _ = self._read(self.unlabeled, stream, position)
+                pair[key] = (name, image)
+        return self.sample(position, pair)
+
+    def sample(self, position: int, pair: Mapping[str, tuple[str, PIL.Image.Image]]) -> dict[str, torch.Tensor | str]:
+        """Return a sample with these unlabelled images, `unlabeled` and `mix`: name and RGB image."""
+        name, image, label = self._read(self.labeled, LABELED, position)
+        image, label = self._augment(image, label, LABELED, position)
+        sample = {"id": name, "image": image, "label": label}
+        for key, (unlabeled_name, unlabeled) in pair.items():
+            sample[f"{key}_id"] = unlabeled_name
+            sample[key], _ = self._augment(unlabeled, None, UNLABELED_STREAMS[key], position)
+        if pair:
             generator = torch.Generator().manual_seed(int(_rng(self.seed, MASK, position).integers(2**63)))
             sample["mask"] = box_masks(1, (self.section.crop, self.section.crop), generator)[0]
         return sample
 
-    def _sample(self, images: Images, stream: int, position: int) -> tuple[str, torch.Tensor, torch.Tensor | None]:
+    def _read(self, images: Images, stream: int, position: int) -> tuple[str, PIL.Image.Image, np.ndarray | None]:
         passes, place = divmod(position, len(images))
         index = int(_order(self.seed, stream, passes, len(images))[place])
-        image, label = images.read(index, with_label=stream == LABELED)
-        rng = _rng(self.seed, stream, position)
+        return images.ids[index], *images.read(index, with_label=stream == LABELED)
+
+    def _augment(
+        self, image: PIL.Image.Image, label: np.ndarray | None, stream: int, position: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         section = self.section
-        return images.ids[index], *augment(image, label, section.crop, section.scales, section.flip, rng)
+        return augment(image, label, section.crop, section.scales, section.flip, _rng(self.seed, stream, position))
 
 
 def _rng(seed: int, stream: int, position: int) -> np.random.Generator:
@@ -112,7 +127,8 @@ class StepSampler(Sampler[list[int]]):
 
     def __init__(self, start: int, stop: int, batch_size: int, rank: int, world_size: int) -> None:
         self.steps = range(start, stop)
-        self.batch_size, self.part, self.rank = batch_size, batch_size // world_size, rank
+        self.batch_size, self.part = batch_size, batch_size // world_size
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield one list of positions a step."""

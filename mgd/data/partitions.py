@@ -19,6 +19,14 @@ class Split:
     unlabeled: tuple[str, ...]
     skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Images that cannot be used -> why; they stand in neither list."""
+    streamed: bool = False
+    """The unlabelled images are a stream; `num_streamed` of them, where that is known."""
+    num_streamed: int | None = None
+
+    @property
+    def num_unlabeled(self) -> int | None:
+        """Unlabelled images; None for a stream of unknown length."""
+        return self.num_streamed if self.streamed else len(self.unlabeled)
 
     def manifest(self, section: Partition, seed: int) -> dict:
         """Return what `partition.json` holds: how it was drawn, both counts, both lists."""
@@ -28,7 +36,7 @@ class Split:
             "balanced": section.balanced,
             "seed": seed,
             "num_labeled": len(self.labeled),
-            "num_unlabeled": len(self.unlabeled),
+            "num_unlabeled": self.num_unlabeled,
             "labeled": list(self.labeled),
             "unlabeled": list(self.unlabeled),
             "skipped": dict(self.skipped),
