@@ -14,6 +14,7 @@ from mgd.errors import UserError
 from mgd.files import write_aside
 
 FILE = "state.safetensors"
+FORMAT = 1
 
 
 def save_checkpoint(
@@ -39,7 +40,7 @@ def save_checkpoint(
                 tensors[f"optimizer/{index}/{key}"] = value
             else:
                 numbers[f"{index}/{key}"] = value
-    header = {"progress": dict(progress), "param_groups": state["param_groups"], "numbers": numbers}
+    header = {"format": FORMAT, "progress": dict(progress), "param_groups": state["param_groups"], "numbers": numbers}
     for leftover in [*folder.glob(f".*{FILE}*"), *folder.glob(".tmp*")]:
         leftover.unlink(missing_ok=True)  # of a process that was killed while writing
     write_aside(folder / FILE, lambda path: save_file(_plain(tensors), path, metadata={"mgd": json.dumps(header)}))
@@ -59,6 +60,8 @@ def load_checkpoint(
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["mgd"])
+            if header.get("format", 1) != FORMAT:
+                raise ValueError(f"it is of format {header['format']}, this version of mgd writes {FORMAT}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         for name, module in modules.items():
             module.load_state_dict(_below(tensors, name), strict=True)

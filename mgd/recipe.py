@@ -153,8 +153,8 @@ class Partition(Section):
 class ModelSection(Section):
     """`[student]`: the network that this run trains (in a teacher's recipe: the teacher)."""
 
-    backbone: str
-    """Any timm backbone that returns feature maps."""
+    backbone: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Any timm backbone that returns feature maps; a name, never an address that timm would fetch from."""
     pretrained: bool = True
     """Start from timm's ImageNet weights (fetched from the hub, or found in its cache)."""
     output_stride: Literal[8, 16, 32] = 16
@@ -377,7 +377,7 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
         except UserError as error:
             errors.append(f"[method] {error}")
     if errors:
-        raise UserError("\n".join(f"{source}: {line}" for line in errors))
+        raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
     return Recipe(source=source, overrides=overrides, **sections)
 
 
@@ -387,7 +387,7 @@ def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
     model = _student_model(table, errors)
     section = None if model is None else _validate(model, table, "student", errors)
     if errors:
-        raise UserError("\n".join(f"{source}: {line}" for line in errors))
+        raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
     return section
 
 

@@ -236,6 +236,23 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
             )
 
 
+def refuse_students(recipe: Recipe) -> None:
+    """Refuse a teacher, given by its weights, that is itself a distilled student.
+
+    Raises:
+        UserError: naming the teacher and what it is.
+    """
+    for name, teacher in recipe.teachers.items():
+        folder = Path(teacher.checkpoint or "")
+        for path in (folder / "recipe.toml", folder / "model" / "recipe.toml"):
+            if teacher.checkpoint and path.is_file() and load(path).teachers:
+                raise UserError(
+                    f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
+                    "that was trained without (to distil from it on purpose, copy its model.safetensors and "
+                    "config.json alone to another folder)"
+                )
+
+
 def note_other_labels(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Say so when a teacher that is given by its weights learned from labels that this run hides."""
     ours = read_json(recipe.run_dir / "partition.json", ("labeled",))

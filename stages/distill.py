@@ -15,7 +15,7 @@ from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import check_recipe, run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.runs import finished_metrics, needed_recipes, note_other_labels  # noqa: E402
+from mgd.runs import finished_metrics, needed_recipes, note_other_labels, refuse_students  # noqa: E402
 
 
 def main() -> None:
@@ -27,6 +27,7 @@ def main() -> None:
     if not recipe.teachers:
         raise UserError(f"{args.recipe}: has no [teachers]; its stage is stages/teacher_cps.py")
     needed = needed_recipes(recipe)
+    refuse_students(recipe)
     accelerator = cli.start(recipe)
 
     # ---- everything is checked before hours are spent ----

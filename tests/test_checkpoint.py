@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from mgd.checkpoint import FILE, load_checkpoint, save_checkpoint
@@ -71,3 +73,16 @@ def test_json_is_strict_and_readable_by_others(tmp_path):
     write_json(tmp_path / "a.json", {"iou": [1.0, float("nan")]})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {"iou": [1.0, None]}
     assert (tmp_path / "a.json").stat().st_mode & 0o444 == 0o444
+
+
+def test_a_resume_point_of_another_version_is_refused(tmp_path):
+    network = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    save_checkpoint(tmp_path, {"network": network}, optimizer, {"step": 1})
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["mgd"]) | {"format": 99}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"mgd": json.dumps(header)})
+    with pytest.raises(UserError, match="it is of format 99, this version of mgd writes 1; start over with --restart"):
+        load_checkpoint(tmp_path, {"network": network}, optimizer)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
-from mgd.models.segmenter import build_segmenter
+from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.recipe import load
-from mgd.runs import needed_recipes
+from mgd.runs import needed_recipes, refuse_students
 
 BACKBONES = ["resnet18d", "mobilenetv3_small_100", "mobilenetv4_conv_small", "convnext_atto", "efficientvit_b0"]
 
@@ -147,3 +147,16 @@ def test_a_folder_of_another_recipe_is_not_touched(write_recipe):
     assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
     free = load(recipe.source, ["run.log_every=3", "data.workers=1", "run.checkpoint_every=7"])
     assert run_recipe(free, Accelerator())["miou"] == done["miou"]
+
+
+def test_a_student_is_no_teacher(write_recipe, tmp_path):
+    teacher = load(write_recipe(), ["run.name=teacher"])
+    run_recipe(teacher, Accelerator())
+    term = {"name": "mgd", "pixel": {"teachers": ["one"]}}
+    student = load(write_recipe(run={"name": "s"}, method=term, teachers={"one": {"checkpoint": str(teacher.run_dir)}}))
+    refuse_students(student)
+    run_recipe(student, Accelerator(), {"one": load_segmenter(teacher.run_dir)})
+    for place in (student.run_dir, student.run_dir / "model"):
+        again = load(write_recipe(method=term, teachers={"one": {"checkpoint": str(place)}}))
+        with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = .* is itself a student of teachers"):
+            refuse_students(again)
