@@ -1,6 +1,7 @@
-"""Print what networks cost: parameters and MACs of backbone, head and total.
+"""Print what networks cost, or how fast a part of the tool is beside its reference.
 
 python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml
+python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml --suite step --set data.crop=256
 """
 
 import os
@@ -11,20 +12,36 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
+from mgd.benchmarks import step  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
 from mgd.models.segmenter import model_section  # noqa: E402
 from mgd.recipe import load  # noqa: E402
+from mgd.runs import device_name  # noqa: E402
 
 
 def main() -> None:
     """Count the student of a recipe and the teachers that it names by recipe."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
+    flags.add_argument("--suite", choices=("costs", "step"), default="costs", help="what is measured (costs)")
+    flags.add_argument("--batch", type=int, default=2, help="step: labelled images, at least 2")
+    flags.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
+    )
+    flags.add_argument("--repetitions", type=int, default=7, help="rounds that count; medians are printed")
     flags.add_argument("--size", type=int, nargs="+", help="sides of the image, pixels; left out, the recipe's crop")
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     networks = {"student": recipe.student}
     for name, teacher in recipe.teachers.items():
         networks[name] = load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
+    if args.suite == "step":
+        teachers = {name: section for name, section in networks.items() if name != "student"}
+        accelerator = cli.start(recipe)
+        rows = step.suite(recipe, teachers, args.batch, args.precision, args.repetitions, accelerator.device)
+        cli.print_rows(rows, args.json)
+        where = device_name(accelerator.device)
+        print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")
+        return
     num_classes = len(recipe.data.class_names())
     rows = []
     for size in args.size or [recipe.data.crop]:

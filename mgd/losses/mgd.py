@@ -8,18 +8,22 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional
 
+from mgd.losses.supervised import cross_entropies
+
 
 def pixel_level(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Tensor:
     """L_P, eq. 2: cross-entropy against each teacher's argmax, summed over the teachers.
 
     Args:
         student_logits: `[B, K, H, W]`.
-        teacher_logits: N tensors `[B, K, H, W]`; no gradient flows into them.
+        teacher_logits: N tensors `[B, K, H, W]`, or their argmax `[B, H, W]` int64; no gradient
+            flows into them.
 
     Returns:
         Scalar, mean over pixels.
     """
-    return sum(functional.cross_entropy(student_logits, logits.argmax(dim=1)) for logits in teacher_logits)
+    labels = [logits if logits.ndim == 3 else logits.argmax(dim=1) for logits in teacher_logits]
+    return cross_entropies(student_logits, labels, ignore_index=-1).sum()
 
 
 def image_level(student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

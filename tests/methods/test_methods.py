@@ -202,3 +202,28 @@ def test_ohem_takes_the_place_of_cross_entropy(batch):
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-10)
     plain = Supervised(SupervisedConfig(), [student]).step(batch, 0).loss
     assert out.loss > plain
+
+
+def test_remix_mixes_what_the_teachers_said_of_both_images(batch):
+    student, deep, wide = Toy(0), Toy(1, channels=9), Toy(2, channels=12)
+    terms = {"image": ImageTerm(teachers=("deep",)), "region": RegionTerm(teachers=("wide",), grid=2)}
+    calls = []
+    for teacher in (deep, wide):
+        teacher.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
+    config = MGDConfig(pixel=PixelTerm(teachers=("deep", "wide")), remix="predictions", **terms)
+    out = MGD(config, [student], {"deep": deep, "wide": wide}).step(batch, 0)
+    assert calls == [6, 6]  # labelled, first and second; no pass over the mixed images
+    mixed = student(_mixed(batch, batch["unlabeled"], batch["mix"]))
+    first, second = deep(batch["unlabeled"]), deep(batch["mix"])
+    pooled = (mixed.logits.mean((2, 3)) - _mixed(batch, first.logits, second.logits).mean((2, 3))).abs().sum()
+    assert out.log["loss_image"].item() == pytest.approx(pooled.item(), rel=1e-10)
+    first, second = wide(batch["unlabeled"]).features, wide(batch["mix"]).features
+    share = functional.avg_pool2d(batch["mask"].double(), 2)
+    from mgd.losses.mgd import region_level
+
+    expected = region_level(mixed.features, first * (1 - share) + second * share, 2)
+    assert out.log["loss_region"].item() == pytest.approx(expected.item(), rel=1e-10)
+    plain = MGDConfig(pixel=PixelTerm(teachers=("deep", "wide")), **terms)
+    exact = MGD(plain, [student], {"deep": deep, "wide": wide}).step(batch, 0)
+    assert exact.log["loss_pixel_unlabeled"].item() == pytest.approx(out.log["loss_pixel_unlabeled"].item(), rel=1e-12)
+    assert exact.log["loss_image"].item() != pytest.approx(out.log["loss_image"].item(), rel=1e-6)

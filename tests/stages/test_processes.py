@@ -1,5 +1,6 @@
 """The same run on several processes: from the start, taken up by more or fewer, or losing one."""
 
+import io
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import datasets
+import PIL.Image
 import pytest
 from conftest import run_stage, stage_command
 from safetensors.torch import load_file
@@ -119,6 +122,23 @@ def test_four_processes_and_two_machines(write_recipe, tmp_path):
     assert [process.returncode for process in started] == [0, 0], outputs
     metrics = same_within_tolerance(tmp_path / "runs" / "one", tmp_path / "runs" / "machines")
     assert metrics[1]["num_processes"] == 2
+
+
+def test_uneven_shards_of_a_stream_do_not_hang_two_processes(write_recipe, tmp_path):
+    (tmp_path / "pool").mkdir()
+    features = datasets.Features({"image": datasets.Image()})
+    for shard, size in enumerate((1, 40, 3)):
+        buffer = io.BytesIO()
+        PIL.Image.new("RGB", (40, 40), (shard, 200, 9)).save(buffer, "PNG")
+        rows = [{"bytes": buffer.getvalue(), "path": None}] * size
+        datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(
+            tmp_path / "pool" / f"{shard}.parquet"
+        )
+    unlabeled = {"parquet": str(tmp_path / "pool"), "streaming": True, "buffer": 4}
+    recipe = write_recipe(data={"unlabeled": unlabeled}, **EXACT, optim={"lr": 0.001, "steps": 12})
+    done = run_stage("teacher_cps.py", "--recipe", recipe, launcher=torchrun(2, 29523), env=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    assert "a stream of 44 unlabelled" in done.stdout and "2 process(es)" in done.stdout
 
 
 def test_a_process_that_dies_brings_the_job_down_with_its_error(write_recipe, tmp_path):

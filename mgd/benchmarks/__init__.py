@@ -1,0 +1,1 @@
+"""Measurements of `stages/benchmark.py`: ratios taken side by side in one process."""

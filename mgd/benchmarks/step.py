@@ -1,0 +1,167 @@
+"""One MGD iteration: the reference step, written plainly, beside ours.
+
+The reference does what one iteration of the authors' code does: fp32, NCHW, a forward pass of its own for
+labelled, first, second and mixed images in the student (those of first and second unused) and in both
+teachers, losses on logits at full resolution.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mgd.benchmarks.timing import alternate, peak_memory, precision
+from mgd.data.cutmix import box_masks
+from mgd.errors import UserError
+from mgd.methods.base import StepOutput
+from mgd.methods.mgd import MGD, MGDConfig
+from mgd.models.segmenter import Segmenter, SegOutput
+from mgd.recipe import ModelSection, Recipe
+
+
+def suite(
+    recipe: Recipe,
+    teachers: Mapping[str, ModelSection],
+    batch_size: int,
+    precisions: Sequence[str],
+    repetitions: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Measure the step of an MGD recipe.
+
+    Args:
+        recipe: student, losses and crop.
+        teachers: the sections of its teachers by name.
+        batch_size: labelled images; as many mixed ones come beside them.
+        precisions: of our step, fp32 or bf16; the reference is fp32.
+        repetitions: rounds that count.
+        device: where to run.
+
+    Returns:
+        Rows `name, reference, ours, ratio`: seconds a step, and MiB of its peak memory.
+
+    Raises:
+        UserError: the recipe's method is another.
+    """
+    if not isinstance(recipe.method, MGDConfig):
+        raise UserError(f"{recipe.source}: the step suite needs [method] name = 'mgd', not {recipe.method.name!r}")
+    classes = recipe.data.class_names()
+    student = _network(recipe.student, classes, 0, device)
+    frozen = {
+        name: _network(section, classes, 1 + index, device) for index, (name, section) in enumerate(teachers.items())
+    }
+    plain_student, plain_teachers = _nchw(student), {name: _nchw(teacher) for name, teacher in frozen.items()}
+    batch = random_batch(batch_size, recipe.data.crop, len(classes), device)
+
+    steps = {"reference": (lambda: reference_step(plain_student, plain_teachers, recipe.method, batch), "fp32")}
+    for remix, title in (("images", "exact"), ("predictions", "remix")):
+        method = MGD(recipe.method.model_copy(update={"remix": remix}), [student], frozen)
+        steps |= {f"{title}, {kind}": (lambda method=method: method.step(batch, 0), kind) for kind in precisions}
+    trained = {name: plain_student if name == "reference" else student for name in steps}
+    trainers = {name: _trainer(step, trained[name], kind, device) for name, (step, kind) in steps.items()}
+    seconds = alternate(trainers, repetitions, device)
+    memory = {}
+    for name, (step, kind) in steps.items():
+        for network in trained.values():
+            network.zero_grad()
+        memory[name] = peak_memory(
+            lambda step=step, kind=kind, name=name: _backward(step, trained[name], kind, device), device
+        )
+    rows = [_row(f"step: {name}, s", seconds["reference"], seconds[name]) for name in steps if name != "reference"]
+    for name in steps:
+        if name != "reference":
+            rows.append(_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20))
+    return rows
+
+
+def reference_step(
+    student: Segmenter, teachers: Mapping[str, Segmenter], config: MGDConfig, batch: Mapping[str, Tensor]
+) -> StepOutput:
+    """Return the loss of one reference iteration, eq. 7, and its terms."""
+    mask = batch["mask"]
+    mixed_image = torch.where(mask, batch["mix"], batch["unlabeled"])
+    views = {"labeled": batch["image"], "first": batch["unlabeled"], "second": batch["mix"], "mixed": mixed_image}
+    with torch.no_grad():
+        seen = {
+            name: {view: _forward(teacher, image) for view, image in views.items()}
+            for name, teacher in teachers.items()
+        }
+        for view in ("first", "second"):
+            _forward(student, views[view])
+    labeled, mixed = _forward(student, views["labeled"]), _forward(student, views["mixed"])
+
+    log = {"loss_supervised": functional.cross_entropy(labeled.logits, batch["label"], ignore_index=255)}
+    log |= {"loss_pixel_labeled": 0.0, "loss_pixel_unlabeled": 0.0, "loss_image": 0.0, "loss_region": 0.0}
+    for name in config.pixel.teachers:
+        found = seen[name]
+        pseudo = torch.where(mask, found["second"].logits, found["first"].logits).argmax(dim=1)
+        log["loss_pixel_labeled"] += functional.cross_entropy(labeled.logits, found["labeled"].logits.argmax(dim=1))
+        log["loss_pixel_unlabeled"] += functional.cross_entropy(mixed.logits, pseudo)
+    for name in config.image.teachers:
+        distance = (mixed.logits.mean((2, 3)) - seen[name]["mixed"].logits.mean((2, 3))).abs()
+        log["loss_image"] += distance.sum() if config.image.reduction == "sum" else distance.mean()
+    for name in config.region.teachers:
+        difference = _correlation(mixed.features, config.region.grid) - _correlation(
+            seen[name]["mixed"].features, config.region.grid
+        )
+        log["loss_region"] += difference.square().mean()
+    loss = log["loss_supervised"] + config.pixel.weight * (log["loss_pixel_labeled"] + log["loss_pixel_unlabeled"])
+    return StepOutput(loss + config.image.weight * log["loss_image"] + config.region.weight * log["loss_region"], log)
+
+
+def random_batch(size: int, crop: int, num_classes: int, device: torch.device) -> dict[str, Tensor]:
+    """Return noise in the shape of a batch."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (3, size, 3, crop, crop), generator=generator, dtype=torch.uint8)
+    batch = dict(zip(("image", "unlabeled", "mix"), pixels, strict=True))
+    batch["label"] = torch.randint(num_classes, (size, crop, crop), generator=generator)
+    batch["mask"] = box_masks(size, (crop, crop), generator)
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _network(section: ModelSection, classes: tuple[str, ...], seed: int, device: torch.device) -> Segmenter:
+    torch.manual_seed(seed)
+    network = Segmenter(section, classes, [(0, 0, 0)] * len(classes))
+    return network.to(device, memory_format=torch.channels_last).eval()
+
+
+def _nchw(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+
+
+def _forward(network: Segmenter, image: Tensor) -> SegOutput:
+    low, high = network.backbone((image.float() - network.mean) / network.std)
+    logits, features = network.head(low, high)
+    return SegOutput(
+        functional.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False), features
+    )
+
+
+def _correlation(features: Tensor, grid: int) -> Tensor:
+    vectors = functional.adaptive_avg_pool2d(features, grid).flatten(2).transpose(1, 2)
+    return functional.cosine_similarity(vectors[:, :, None], vectors[:, None], dim=-1)
+
+
+def _backward(step: Callable[[], StepOutput], network: nn.Module, kind: str, device: torch.device) -> None:
+    network.train()
+    with precision(kind, device):
+        out = step()
+    out.loss.backward()
+
+
+def _trainer(step: Callable[[], StepOutput], network: nn.Module, kind: str, device: torch.device) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
+
+    def run() -> None:
+        _backward(step, network, kind, device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def _row(name: str, reference: float, ours: float) -> dict[str, Any]:
+    return {"name": name, "reference": reference, "ours": ours, "ratio": reference / ours}

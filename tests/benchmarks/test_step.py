@@ -1,0 +1,72 @@
+"""The reference step and ours are the same step."""
+
+import pytest
+import torch
+from conftest import TINY
+
+from mgd.benchmarks.step import _network, random_batch, reference_step, suite
+from mgd.benchmarks.timing import peak_memory
+from mgd.errors import UserError
+from mgd.methods.mgd import MGD
+from mgd.recipe import load, parse_model
+
+CPU = torch.device("cpu")
+TERMS = {"pixel": {"teachers": ["a", "b"]}, "image": {"teachers": ["a"]}, "region": {"teachers": ["b"], "grid": 3}}
+
+
+@pytest.fixture
+def recipe(write_recipe):
+    teachers = {name: {"checkpoint": "x"} for name in ("a", "b")}
+    return load(write_recipe(method={"name": "mgd", **TERMS}, teachers=teachers))
+
+
+@pytest.fixture
+def sections():
+    return {
+        name: parse_model(TINY["student"] | {"backbone": f"test_{name}"}, "t") for name in ("efficientnet", "byobnet")
+    }
+
+
+def test_same_losses_and_gradients(recipe, sections):
+    classes = recipe.data.class_names()
+    student = _network(recipe.student, classes, 0, CPU)
+    teachers = {key: _network(section, classes, 1, CPU) for key, section in zip("ab", sections.values(), strict=True)}
+    batch = random_batch(2, 64, len(classes), CPU)
+    reference = reference_step(student, teachers, recipe.method, batch)
+    ours = MGD(recipe.method, [student], teachers).step(batch, 0)
+    assert reference.log.keys() == ours.log.keys()
+    for key, value in reference.log.items():
+        assert ours.log[key].item() == pytest.approx(value.item(), rel=1e-4), key
+    assert ours.loss.item() == pytest.approx(reference.loss.item(), rel=1e-4)
+    gradients = [torch.autograd.grad(out.loss, student.parameters(), allow_unused=True) for out in (reference, ours)]
+    for first, second in zip(*gradients, strict=True):
+        assert first is None and second is None or torch.allclose(first, second, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_of_the_suite(recipe, sections):
+    rows = suite(recipe, dict(zip("ab", sections.values(), strict=True)), 2, ["fp32"], 1, CPU)
+    assert [row["name"].split(",")[0] for row in rows] == [
+        "step: exact",
+        "step: remix",
+        "memory: exact",
+        "memory: remix",
+    ]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["reference"] / row["ours"]) and row["ours"] > 0
+
+
+def test_another_method_is_refused(write_recipe, sections):
+    with pytest.raises(UserError, match="the step suite needs .* 'mgd', not 'supervised'"):
+        suite(load(write_recipe()), sections, 2, ["fp32"], 1, CPU)
+
+
+def test_peak_memory_by_hand():
+    def run():
+        first = torch.ones(1000)  # 4000 bytes
+        second = first + 1  # 8000 at once
+        del first
+        third = second + 1  # 8000 again
+        del second, third
+        torch.ones(1500)  # 6000
+
+    assert peak_memory(run, CPU) == 8000
