@@ -12,7 +12,7 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.benchmarks import step  # noqa: E402
+from mgd.benchmarks import evaluation, step  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
 from mgd.models.segmenter import model_section  # noqa: E402
 from mgd.recipe import load  # noqa: E402
@@ -22,7 +22,7 @@ from mgd.runs import device_name  # noqa: E402
 def main() -> None:
     """Count the student of a recipe and the teachers that it names by recipe."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
-    flags.add_argument("--suite", choices=("costs", "step"), default="costs", help="what is measured (costs)")
+    flags.add_argument("--suite", choices=("costs", "step", "eval"), default="costs", help="what is measured (costs)")
     flags.add_argument("--batch", type=int, default=2, help="step: labelled images, at least 2")
     flags.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
@@ -41,6 +41,11 @@ def main() -> None:
         cli.print_rows(rows, args.json)
         where = device_name(accelerator.device)
         print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")
+        return
+    if args.suite == "eval":
+        rows = evaluation.suite(len(recipe.data.class_names()), num_images=20, repetitions=args.repetitions)
+        cli.print_rows(rows, args.json)
+        print(f"medians of {args.repetitions} rounds in turns; identical IoU a class; ratio: reference / ours")
         return
     num_classes = len(recipe.data.class_names())
     rows = []
