@@ -11,8 +11,9 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
+from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import check_recipe, run_recipe  # noqa: E402
+from mgd.experiment import run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 from mgd.runs import finished_metrics, needed_recipes, note_other_labels, refuse_students  # noqa: E402

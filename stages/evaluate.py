@@ -15,9 +15,10 @@ import functools  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
+from mgd.checks import check_classes, load_splits  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import check_classes, evaluate_network, load_splits  # noqa: E402
+from mgd.experiment import evaluate_network  # noqa: E402
 from mgd.models.segmenter import find_model, load_segmenter  # noqa: E402
 from mgd.plots import save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402

@@ -15,9 +15,10 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
+from mgd.checks import load_splits  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import load_splits, predict_samples, sample_indices  # noqa: E402
+from mgd.experiment import predict_samples, sample_indices  # noqa: E402
 from mgd.files import write_text  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402

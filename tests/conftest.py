@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 import torch
 
-from mgd import experiment
+from mgd import checks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,5 +85,5 @@ def _single_thread():
 
 @pytest.fixture(autouse=True)
 def _nothing_cached():
-    experiment._load_splits.cache_clear()
-    experiment._check_images.cache_clear()
+    checks._load_splits.cache_clear()
+    checks._check_images.cache_clear()

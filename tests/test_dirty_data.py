@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from conftest import TINY
 
+from mgd.checks import check_recipe
 from mgd.data.loaders import Images
 from mgd.errors import UserError
-from mgd.experiment import check_recipe, run_recipe
+from mgd.experiment import run_recipe
 from mgd.losses.supervised import cross_entropy, ohem_cross_entropy
 from mgd.recipe import load
 

@@ -6,8 +6,9 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from mgd.checks import load_splits
 from mgd.errors import UserError
-from mgd.experiment import load_splits, run_recipe
+from mgd.experiment import run_recipe
 from mgd.methods.base import StepOutput
 from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter

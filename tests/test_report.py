@@ -8,9 +8,10 @@ import tomli_w
 from accelerate import Accelerator
 from conftest import ROOT, run_stage
 
+from mgd.checks import load_splits
 from mgd.data.loaders import Images
 from mgd.errors import UserError
-from mgd.experiment import evaluate_network, load_splits, run_recipe
+from mgd.experiment import evaluate_network, run_recipe
 from mgd.models.segmenter import load_segmenter
 from mgd.recipe import load
 from mgd.report import as_csv, collect, markdown, notes, rows_of, tables

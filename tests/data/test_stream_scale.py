@@ -16,10 +16,10 @@ import PIL.Image
 import pytest
 from accelerate import Accelerator
 
+from mgd.checks import load_splits
 from mgd.data.feed import Feed
 from mgd.data.loaders import Images, TrainingPairs
 from mgd.data.stream import Pool, whole_pool
-from mgd.experiment import load_splits
 from mgd.recipe import UnlabeledSection, load
 
 COUNT, SHARDS = 200_000, 40

@@ -1,0 +1,171 @@
+"""Everything that can be wrong with a run, checked before hours are spent on it."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from mgd.data.datasets import Splits
+from mgd.data.loaders import Images, per_process
+from mgd.data.partitions import Split, split
+from mgd.data.scan import scan
+from mgd.data.stream import Pool, whole_pool
+from mgd.errors import UserError
+from mgd.models.segmenter import check_trainable
+from mgd.recipe import DataSection, Recipe
+from mgd.registry import METHODS
+
+
+def load_splits(section: DataSection) -> Splits:
+    """Load the data of a recipe; runs of one comparison share it.
+
+    Raises:
+        UserError: see the readers; or there is nothing to evaluate on.
+    """
+    return _load_splits(_without_augmentation(section))
+
+
+def _without_augmentation(section: DataSection) -> DataSection:
+    """The section with the keys that only shape batches at one value, so that runs share what is read."""
+    return section.model_copy(update={"crop": 32, "scales": (1.0,), "flip": False})
+
+
+@functools.lru_cache(maxsize=2)
+def _load_splits(section: DataSection) -> Splits:
+    splits = section.load()
+    if section.unlabeled and not section.unlabeled.streaming:
+        pool = whole_pool(section.unlabeled)
+        splits = dataclasses.replace(splits, unlabeled=datasets.concatenate_datasets([splits.unlabeled, pool]))
+    if len(splits.val) == 0:
+        raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
+    return splits
+
+
+def check_recipe(
+    recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module] | None = None
+) -> tuple[Splits, Split]:
+    """Check all that can be checked before a run, and return its data and partition.
+
+    Raises:
+        UserError: the batch, the data, the partition, a teacher's classes, the network or its
+            ImageNet weights do not fit.
+    """
+    local_batch = per_process(recipe.optim.batch_size, accelerator.num_processes)
+    if recipe.optim.sync_batchnorm and accelerator.device.type != "cuda":
+        raise UserError('[optim] sync_batchnorm = true needs GPUs; without one use [student.head] norm = "group"')
+    splits = load_splits(recipe.data)
+    partition = split_data(recipe, splits)
+    for name, teacher in (teachers or {}).items():
+        check_classes(splits, teacher, f"[teachers.{name}]")
+    section = _without_augmentation(recipe.data)
+    if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
+        if partition.unlabeled:
+            accelerator.print(f"note: {len(partition.unlabeled)} unlabelled images give way to [data.unlabeled]")
+        partition = dataclasses.replace(partition, unlabeled=())
+    splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
+    whole = size if recipe.eval.mode == "whole" else None
+    images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
+    check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
+    if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
+        count = Pool(recipe.data.unlabeled).count
+        return splits, dataclasses.replace(partition, streamed=True, num_streamed=count)
+    if not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+        accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
+    return splits, partition
+
+
+@functools.lru_cache(maxsize=4)
+def _check_images(
+    section: DataSection, labeled: tuple[str, ...], unlabeled: tuple[str, ...], accelerator: Accelerator
+) -> tuple[Splits, Split, tuple[int, int]]:
+    """Read every image and mask of a run once, each process its share, before hours are spent on them.
+
+    Returns:
+        Data and partition without the images that are skipped; height and width of the first
+        validation image, pixels.
+
+    Raises:
+        UserError: images or masks that cannot be used; masks that show nothing to learn from.
+    """
+    splits = load_splits(section)
+    everything = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
+    parts = {
+        "labelled": (rows_of(splits.labeled, labeled), True),
+        "validation": (splits.val, True),
+        "unlabelled": (rows_of(everything, unlabeled), False),
+    }
+    problems: dict[str, dict[str, str]] = {}
+    pixels = {}
+    for what, (source, with_label) in parts.items():
+        images = Images(source, splits.decoder, section.image_scale)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        found = scan(images, with_label, section.workers, f"reading {what} images", rank, world_size)
+        shares = gather_object([found])
+        problems[what] = {name: problem for share in shares for name, problem in sorted(share.problems.items())}
+        pixels[what] = sum(share.pixels for share in shares)
+    if any(problems.values()):
+        _answer_problems([why for part in problems.values() for why in part.values()], section, accelerator)
+    for what in ("labelled", "validation"):
+        if pixels[what][:255].sum() == 0:
+            raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
+    if np.count_nonzero(pixels["labelled"][:255]) < 2:
+        raise UserError("[data] the labelled masks show a single class (255 is ignored: is a class painted 255?)")
+    unseen = [name for index, name in enumerate(splits.classes) if pixels["labelled"][index] == 0]
+    if unseen:
+        hint = " (255 is ignored: is it painted 255?)" if pixels["labelled"][255] else ""
+        accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
+    val = [name for name in splits.val["id"] if name not in problems["validation"]]
+    splits = dataclasses.replace(splits, val=rows_of(splits.val, tuple(val)))
+    first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
+    labeled = tuple(name for name in labeled if name not in problems["labelled"])
+    unlabeled = tuple(name for name in unlabeled if name not in problems["unlabelled"])
+    skipped = problems["labelled"] | problems["unlabelled"]
+    skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
+    return splits, Split(labeled, unlabeled, skipped), (first.height, first.width)
+
+
+def _answer_problems(problems: Sequence[str], section: DataSection, accelerator: Accelerator) -> None:
+    listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+    if section.on_error == "raise":
+        raise UserError(
+            f"[data] {len(problems)} image(s) cannot be used: {listed}; mend them (stages/prepare.py lists all), or "
+            'leave them out: [data] on_error = "skip"'
+        )
+    accelerator.print(f"note: {len(problems)} image(s) skipped, listed in partition.json: {listed}", flush=True)
+
+
+def split_data(recipe: Recipe, splits: Splits) -> Split:
+    """Draw the recipe's partition."""
+    presence = None
+    if recipe.partition.balanced:
+        images = Images(splits.labeled, splits.decoder)
+        presence = {}
+        for index, name in enumerate(images.ids):
+            values = np.unique(images.read(index, with_label=True)[1])
+            presence[name] = np.isin(np.arange(len(splits.classes)), values)
+    labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
+    return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name)
+
+
+def check_classes(splits: Splits, network: nn.Module, title: str) -> None:
+    """Refuse a network of other classes than the data's.
+
+    Raises:
+        UserError: naming the network and both lists.
+    """
+    if network.classes != tuple(splits.classes):
+        raise UserError(
+            f"{title} knows the {len(network.classes)} classes {', '.join(network.classes)}; "
+            f"the data has the {len(splits.classes)} classes {', '.join(splits.classes)}; they must be the same"
+        )
+
+
+def rows_of(source: datasets.Dataset, ids: tuple[str, ...]) -> datasets.Dataset:
+    """Return the rows of these ids, in the table's order."""
+    wanted = set(ids)
+    return source.select([index for index, name in enumerate(source["id"]) if name in wanted])
