@@ -14,7 +14,7 @@ from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, per_process
 from mgd.data.partitions import Split, split
 from mgd.data.scan import scan
-from mgd.data.stream import Pool, whole_pool
+from mgd.data.stream import Pool, identity, whole_pool
 from mgd.errors import UserError
 from mgd.models.segmenter import check_trainable
 from mgd.recipe import DataSection, Recipe
@@ -71,6 +71,8 @@ def check_recipe(
     whole = size if recipe.eval.mode == "whole" else None
     images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
     check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
+    if recipe.data.unlabeled:
+        partition = dataclasses.replace(partition, pool=identity(recipe.data.unlabeled))
     if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
         count = Pool(recipe.data.unlabeled).count
         return splits, dataclasses.replace(partition, streamed=True, num_streamed=count)
@@ -111,6 +113,8 @@ def _check_images(
     if any(problems.values()):
         _answer_problems([why for part in problems.values() for why in part.values()], section, accelerator)
     for what in ("labelled", "validation"):
+        if len(problems[what]) == len(parts[what][0]):
+            raise UserError(f"[data] none of the {len(problems[what])} {what} images can be used")
         if pixels[what][:255].sum() == 0:
             raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
     if np.count_nonzero(pixels["labelled"][:255]) < 2:
@@ -119,6 +123,9 @@ def _check_images(
     if unseen:
         hint = " (255 is ignored: is it painted 255?)" if pixels["labelled"][255] else ""
         accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
+    if len(splits.val) - len(problems["validation"]) < 20:
+        count = len(splits.val) - len(problems["validation"])
+        accelerator.print(f"note: {count} validation image(s); below 20 the mIoU is a rough guide", flush=True)
     val = [name for name in splits.val["id"] if name not in problems["validation"]]
     splits = dataclasses.replace(splits, val=rows_of(splits.val, tuple(val)))
     first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
@@ -129,6 +136,20 @@ def _check_images(
     return splits, Split(labeled, unlabeled, skipped), (first.height, first.width)
 
 
+def usable_val(splits: Splits, section: DataSection, accelerator: Accelerator) -> Splits:
+    """Return the data without the validation images that cannot be used, if the recipe says to skip them."""
+    if section.on_error == "raise":
+        return splits
+    images = Images(splits.val, splits.decoder, section.image_scale)
+    found = scan(images, True, section.workers, "reading validation images")
+    if found.problems:
+        _answer_problems(list(found.problems.values()), section, accelerator)
+    good = tuple(name for name in images.ids if name not in found.problems)
+    if not good:
+        raise UserError(f"[data] none of the {len(images)} validation images can be used")
+    return dataclasses.replace(splits, val=rows_of(splits.val, good))
+
+
 def _answer_problems(problems: Sequence[str], section: DataSection, accelerator: Accelerator) -> None:
     listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
     if section.on_error == "raise":
@@ -136,7 +157,7 @@ def _answer_problems(problems: Sequence[str], section: DataSection, accelerator:
             f"[data] {len(problems)} image(s) cannot be used: {listed}; mend them (stages/prepare.py lists all), or "
             'leave them out: [data] on_error = "skip"'
         )
-    accelerator.print(f"note: {len(problems)} image(s) skipped, listed in partition.json: {listed}", flush=True)
+    accelerator.print(f"note: {len(problems)} image(s) skipped, by [data] on_error: {listed}", flush=True)
 
 
 def split_data(recipe: Recipe, splits: Splits) -> Split:
@@ -146,7 +167,12 @@ def split_data(recipe: Recipe, splits: Splits) -> Split:
         images = Images(splits.labeled, splits.decoder)
         presence = {}
         for index, name in enumerate(images.ids):
-            values = np.unique(images.read(index, with_label=True)[1])
+            try:
+                values = np.unique(images.read(index, with_label=True)[1])
+            except UserError:
+                if recipe.data.on_error == "raise":
+                    raise
+                values = np.array([])  # shows nothing; if it is drawn all the same, it is skipped then
             presence[name] = np.isin(np.arange(len(splits.classes)), values)
     labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
     return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name)

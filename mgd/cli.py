@@ -53,6 +53,17 @@ def output_file(text: str) -> str:
     return text
 
 
+def output_folder(text: str) -> str:
+    """Argparse type: a folder that is there or can be made, checked before hours are spent."""
+    path = Path(text).resolve()
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not a folder")
+    parent = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {parent} is no folder that can be written to")
+    return text
+
+
 def start(recipe: Recipe) -> Accelerator:
     """Return the accelerator, with CPU threads and seed set and the libraries' chatter off."""
     accelerator = Accelerator()
@@ -66,7 +77,7 @@ def start(recipe: Recipe) -> Accelerator:
         torch.set_num_threads(recipe.run.threads or max(1, available_cpus() // local_processes))
     datasets.disable_progress_bars()
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the classifier that we do not want
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*|This DataLoader will create")
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # large, yet within PIL's limit
     set_seed(recipe.run.seed)
     return accelerator

@@ -3,6 +3,7 @@
 `stages/teacher_cps.py` and `stages/distill.py` both call `run_recipe`; the loop is in train.py.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from mgd.optim import total_steps
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
-from mgd.runs import best_so_far, device_name, finished_metrics, keep_best, open_folder, peak_memory_mb, versions
+from mgd.runs import best_so_far, device_name, finished_metrics, hold, keep_best, open_folder, peak_memory_mb, versions
 from mgd.train import TrainingTime, train
 
 
@@ -56,6 +57,20 @@ def run_recipe(
         accelerator.print(f"{folder}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
         return done
     splits, partition = check_recipe(recipe, accelerator, teachers)
+    with hold(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        return _run(recipe, accelerator, teachers, restart, splits, partition)
+
+
+def _run(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    teachers: Mapping[str, nn.Module] | None,
+    restart: bool,
+    splits: Splits,
+    partition: Split,
+) -> dict[str, Any]:
+    """Do what `run_recipe` promises, with everything checked and the folder held."""
+    folder = recipe.run_dir
     method_class = METHODS.get(recipe.method.name)
     seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
@@ -89,6 +104,10 @@ def run_recipe(
         return found
 
     spent = train(method, pairs, pool, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
+    if spent.skipped_steps * 2 > num_steps:
+        accelerator.print(
+            f"note: {folder}: {spent.skipped_steps} of {num_steps} steps were skipped; the result is void"
+        )
     network = method.deployed()
     result = evaluate(network, num_steps)
     metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)

@@ -102,7 +102,7 @@ class Guard:
         Raises:
             UserError: the loss is not finite, and the recipe does not say to skip it.
         """
-        terms = {"loss": out.loss, **out.log}
+        terms = {"loss": out.loss, **out.log, "gradient": self._gradient_norm()}
         finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
         mine = torch.stack([(~finite).sum(), torch.tensor(signal_number, device=finite.device)])
         bad, received = mine.tolist()
@@ -118,6 +118,21 @@ class Guard:
         self._skip_or_raise(step, names, batch)
         return False, received
 
+    def stop_if_asked(self, signal_number: int, message: str) -> None:
+        """End the run if any process has received a signal; called on all processes.
+
+        Raises:
+            Stopped: with this message.
+        """
+        mine = torch.tensor([signal_number], device=self.accelerator.device)
+        if received := int(self.accelerator.gather(mine).max()):
+            raise Stopped(received, message)
+
+    def _gradient_norm(self) -> Tensor:
+        # A finite loss can have a gradient that is not; it would ruin the weights a step before it shows.
+        parameters = (parameter for module in self.modules.values() for parameter in module.parameters())
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
     def _skip_or_raise(self, step: int, names: list[str], batch: Mapping[str, Any]) -> None:
         self.skipped += 1
         self._in_a_row += 1
@@ -127,12 +142,12 @@ class Guard:
         if self.action == "skip" and self._in_a_row <= MAX_SKIPPED_IN_A_ROW:
             for buffer, kept in zip(self._buffers, self._kept, strict=True):
                 buffer.copy_(kept)
-            print(f"note: {what}; the step is skipped, {self.skipped} so far", flush=True)
+            self.accelerator.print(f"note: {what}; the step is skipped, {self.skipped} so far", flush=True)
             return
         again = f", {self._in_a_row} times in a row" if self.action == "skip" else ""
         raise UserError(
             f"{what}{again}; images {', '.join(ids)}; batch and weights are in {self.folder}; lower [optim] lr or the "
-            'weight of that term, or set [optim] nonfinite = "skip"; the last resume point is kept'
+            'weight of that term, or set [optim] nonfinite = "skip"; the last resume point is kept (--restart: anew)'
         )
 
     def _write(self, step: int, names: list[str], batch: Mapping[str, Any]) -> None:

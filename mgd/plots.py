@@ -12,6 +12,7 @@ import PIL.ImageFont
 from torch import Tensor
 
 from mgd.errors import UserError
+from mgd.files import write_aside
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -30,7 +31,7 @@ def plot_curves(log: Path, output: Path) -> None:
     points = [(row["step"], row["val_miou"]) for row in rows if "val_miou" in row]
     right.plot(*zip(*points, strict=True), marker="o")
     right.set(xlabel="step", ylabel="val mIoU, %")
-    figure.savefig(output, dpi=100)
+    write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
     pyplot.close(figure)
 
 
@@ -65,13 +66,12 @@ def save_prediction(
     path = (folder / f"{name}.png").resolve()
     if not path.is_relative_to(folder.resolve()):
         raise UserError(f"{name}: the id would be written outside {folder}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = encode(classes.numpy())
     palette = np.full((256, 3), 255, np.uint8)
     palette[encode(np.arange(len(colors)))] = colors
     picture = PIL.Image.fromarray(values).convert("L")
     picture.putpalette(palette.flatten().tolist())
-    picture.save(path)
+    write_aside(path, lambda aside: picture.save(aside, format="PNG"))
 
 
 def save_overlays(
@@ -113,7 +113,7 @@ def save_overlays(
     for left, down, name, color in legend:
         draw.rectangle((left, top + down + 3, left + 12, top + down + 15), tuple(color), "black")
         draw.text((left + 17, top + down + 1), name, "black", font)
-    canvas.save(output)
+    write_aside(output, lambda aside: canvas.save(aside, format="PNG"))
 
 
 def _legend(
@@ -151,7 +151,7 @@ def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float]]], ou
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.margins(x=0.3)
         axis.legend(fontsize="small")
-    figure.savefig(output, dpi=100)
+    write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
     pyplot.close(figure)
 
 
@@ -176,7 +176,7 @@ def plot_partitions(
         axis.minorticks_off()
         axis.set_title(title, fontsize="small")
         axis.legend(fontsize="small")
-    figure.savefig(output, dpi=100)
+    write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
     pyplot.close(figure)
 
 

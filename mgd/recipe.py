@@ -49,18 +49,18 @@ class Run(Section):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Positive = 200
     """Steps between two resume points."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, le=4096)] = 0
     """CPU threads a process; 0 shares out the cores this machine lets us use."""
 
 
 class UnlabeledSection(Section):
     """`[data.unlabeled]`: a pool of unlabelled images beside the data set; give one of hub, parquet, webdataset."""
 
-    hub: str | None = None
+    hub: Annotated[str, Field(min_length=1)] | None = None
     """Data set on the hub ("org/name")."""
-    parquet: str | None = None
+    parquet: Annotated[str, Field(min_length=1)] | None = None
     """Folder of *.parquet files, images as bytes."""
-    webdataset: str | None = None
+    webdataset: Annotated[str, Field(min_length=1)] | None = None
     """Folder of *.tar files; the image column is then the suffix, e.g. "jpg"."""
     split: str = "train"
     """Split of a hub data set."""
@@ -90,7 +90,7 @@ class DataSection(Section):
     """The images do not depend on where `root` is: a published data set."""
     name: str
     """Registered data set."""
-    image_scale: Annotated[float, Field(gt=0, le=4)] = 1.0
+    image_scale: Annotated[float, Field(ge=0.01, le=4)] = 1.0
     """Every image and mask is first resized by this factor (0.5 = half resolution)."""
     crop: Annotated[int, Field(ge=32)] = 512
     """Side of the square training crop, pixels."""
@@ -187,11 +187,11 @@ class Optim(Section):
 
     name: Literal["sgd", "adamw"] = "sgd"
     """Optimiser; weight decay spares norms and biases in both."""
-    lr: Annotated[float, Field(gt=0)]
+    lr: Annotated[float, Field(gt=0, le=1e30)]
     """Learning rate at step 0; it decays as (1 - step / steps) ** power."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """SGD momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = 5e-4
     """Not applied to norms and biases."""
     power: Annotated[float, Field(ge=0)] = 0.9
     """Exponent of the poly schedule."""
@@ -220,9 +220,9 @@ class Eval(Section):
     """Whole image at once, or a sliding window."""
     crop: Annotated[int, Field(ge=32)] | None = None
     """Side of the sliding window, pixels; left out, the training crop."""
-    stride: Share = 2 / 3
+    stride: Annotated[float, Field(ge=0.05, le=1)] = 2 / 3
     """Step of the window as a share of its side."""
-    batch_size: Positive = 8
+    batch_size: Annotated[int, Field(gt=0, le=4096)] = 8
     """Images (or windows) predicted at once a process."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
     """Test-time scales; of several, and of flip, the mean of the class probabilities counts."""

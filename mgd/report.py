@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mgd.complexity import model_costs
+from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
 from mgd.files import read_json
 from mgd.recipe import Recipe, load
@@ -27,6 +27,8 @@ class Cell:
     label: str
     """Name of the run without its seed."""
     recipe: Recipe
+    cost: Mapping[str, Cost]
+    """Of `backbone`, `head` and `total`, at the recipe's crop."""
     runs: list[tuple[Path, Mapping[str, Any]]]
     """Folder and metrics of each run, by seed."""
 
@@ -92,12 +94,14 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         try:
             recipe = load(folder / "recipe.toml")
             metrics = read_json(folder / "metrics.json", _METRICS)
+            _check_metrics(metrics, recipe)
+            cost = model_costs(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
         except UserError as error:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
             continue
         label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
         shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key, recipe)}
-        cell = cells.setdefault(json.dumps([label, shape], sort_keys=True), Cell(label, recipe, []))
+        cell = cells.setdefault(json.dumps([label, shape], sort_keys=True), Cell(label, recipe, cost, []))
         twin = next((path for path, other in cell.runs if other["seed"] == metrics["seed"]), None)
         if twin is None:
             cell.runs.append((folder, metrics))
@@ -116,8 +120,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return a row a cell: what ran, our mean and spread, the recipe's reference and the difference."""
     rows = []
     for cell in cells:
-        recipe, first = cell.recipe, cell.runs[0][1]
-        cost = model_costs(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
+        recipe, first, cost = cell.recipe, cell.runs[0][1], cell.cost
         best = [metrics["best_on_val"]["miou"] for _, metrics in cell.runs if metrics.get("best_on_val")]
         rows.append(
             {
@@ -236,13 +239,33 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def _check_metrics(metrics: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse numbers that no run of ours writes.
+
+    Raises:
+        UserError: naming the key.
+    """
+    best = metrics.get("best_on_val")
+    wrong = [
+        *(key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)),
+        *(key for key in ("num_labeled", "num_val", "steps") if not isinstance(metrics[key], int)),
+        *(["seed"] if metrics["seed"] != recipe.run.seed else []),
+        *(["best_on_val"] if best is not None and not (isinstance(best, dict) and "miou" in best) else []),
+    ]
+    if not wrong and not 0 <= metrics["miou"] <= 100:
+        wrong = ["miou"]
+    if wrong:
+        raise UserError(f"metrics.json is not as a run wrote it: {wrong[0]} = {str(metrics.get(wrong[0]))[:40]}")
+
+
 def _run_folders(sources: Iterable[str | Path]) -> list[Path]:
     folders = []
     for source in map(Path, sources):
         if not source.is_dir():
             raise UserError(f"{source}: no such folder; give run folders, or a folder that holds runs")
         inside = [source] if (source / "recipe.toml").exists() else sorted(source.iterdir())
-        folders += [folder for folder in inside if (folder / "recipe.toml").exists()]
+        # Hidden: what `--restart` was deleting when it was killed.
+        folders += [path for path in inside if (path / "recipe.toml").exists() and not path.name.startswith(".")]
     return list(dict.fromkeys(folders))
 
 

@@ -3,11 +3,12 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from mgd.data.partitions import Split
 from mgd.errors import UserError
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import DataSection, Partition, Recipe, load, parse
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
@@ -56,6 +62,37 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     return read_json(path, ("name", "method", "backbone", "miou", "seconds", "num_labeled", "num_unlabeled"))
 
 
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Keep a run folder to this process: two that write it at once would ruin each other's run.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be made: {error.strerror or error}") from error
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written by another process (pid {file.read().strip() or 'unknown'}); wait for it, "
+                "stop it, or give this run another name: --set run.name=..."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], restart: bool) -> None:
     """Make the run folder with `recipe.toml` and `partition.json`; `restart` empties it first.
 
@@ -83,6 +120,11 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
             raise UserError(
                 f"{folder}: its teachers are not those that it began with; put them back, or start over: "
                 f"{recipe.command} --restart"
+            )
+        if there.get("pool", "") != manifest["pool"]:
+            raise UserError(
+                f"{path}: the files of [data.unlabeled] have changed since this run began; put them back, or start "
+                f"over: {recipe.command} --restart"
             )
         if any(there[key] != manifest[key] for key in ("labeled", "unlabeled")):
             raise UserError(

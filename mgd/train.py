@@ -50,7 +50,7 @@ def train(
     """Train a method's networks in place, from the last resume point if there is one.
 
     Args:
-        method: built method; its networks are trained.
+        method: its networks are trained.
         pairs: the samples of the run.
         pool: the stream of unlabelled images, if any.
         recipe: the run; `[run]`, `[optim]`, `[eval] every` and `[data] workers` are used.
@@ -63,7 +63,7 @@ def train(
         What it took, over all sittings.
 
     Raises:
-        UserError: a loss that is not finite; a resume point that does not fit.
+        UserError: a loss that is not finite, or a resume point that does not fit.
         Stopped: a signal came; a resume point has been written.
     """
     networks, modules = _on_device(method, recipe.optim, accelerator)
@@ -74,7 +74,7 @@ def train(
 
     log = StepLog(folder / "metrics.jsonl", start, num_steps, recipe.optim.batch_size, accelerator, every)
     guard = Guard(recipe.optim.nonfinite, folder, modules, accelerator, point.reached["skipped"])
-    feed = Feed(pairs, pool, recipe.data, accelerator, folder, point.reached["stream"])
+    feed = Feed(pairs, pool, recipe.data, accelerator, folder, point.reached)
     kept = f"step {{}} of {num_steps} is kept; the same command goes on from there"
     with StopSignals() as signals:
 
@@ -109,11 +109,11 @@ def train(
                 log.write(done, {"loss": out.loss, **out.log}, lr)
             if saves:
                 point.write(step=done, skipped=guard.skipped, stream=feed.state())
-            if signal_number and done < num_steps:
+            if signal_number:
                 raise Stopped(signal_number, kept.format(done))
             if evaluates:
                 score(done)
-    log.bar.close()
+        guard.stop_if_asked(signals.received, kept.format(num_steps))
     method.networks = networks
     accelerator.free_memory()  # a teacher's optimiser must not stay while its student trains
     return TrainingTime(point.seconds(), guard.skipped, feed.skipped_everywhere())
@@ -233,6 +233,8 @@ class StepLog:
         self._append(row)
         self.bar.set_postfix(loss=row["loss"], img_s=f"{row['images_per_second']:.1f}", refresh=False)
         self.bar.update(step - self.bar.n)
+        if step == self.bar.total:
+            self.bar.close()
 
     def write_scores(self, step: int, miou: float) -> None:
         """Write the result of an evaluation; its time does not count as training speed."""

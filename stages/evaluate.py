@@ -15,7 +15,7 @@ import functools  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, load_splits  # noqa: E402
+from mgd.checks import check_classes, load_splits, usable_val  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
@@ -30,7 +30,12 @@ def main() -> None:
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--recipe", help="recipe whose val images are used; left out, the model's own")
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
-    flags.add_argument("--save-predictions", metavar="DIR", help="write a palette PNG of class indices an image")
+    flags.add_argument(
+        "--save-predictions",
+        metavar="DIR",
+        type=cli.output_folder,
+        help="write a palette PNG of class indices an image",
+    )
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
 
@@ -41,7 +46,7 @@ def main() -> None:
     recipe = load(source, args.set)
     accelerator = cli.start(recipe)
     network = load_segmenter(folder).to(accelerator.device)
-    splits = load_splits(recipe.data)
+    splits = usable_val(load_splits(recipe.data), recipe.data, accelerator)
     check_classes(splits, network, args.model)
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
     keep = None

@@ -31,7 +31,9 @@ def main() -> None:
     """Write report.md, report.csv and the figures, and print the tables."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("runs", nargs="*", default=["runs"], help="run folders, or folders that hold runs")
-    flags.add_argument("--output", default="report", metavar="DIR", help="where the files go (report)")
+    flags.add_argument(
+        "--output", default="report", metavar="DIR", type=cli.output_folder, help="where the files go (report)"
+    )
     flags.add_argument("--samples", type=int, default=4, metavar="N", help="val images in the picture; 0 = no picture")
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
     args = flags.parse_args()

@@ -38,7 +38,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_can_be_reproduced(write_reci
     with safe_open(folder / "batch_0.safetensors", framework="pt") as file:
         header = file.metadata()
         batch = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    assert set(json.loads(header["terms"])) == {"loss", "loss_supervised"}
+    assert "gradient" in json.loads(header["terms"])
     assert len(json.loads(header["ids"])["id"]) == 4 == len(batch["image"])
     splits = load_splits(recipe.data)
     network = build_segmenter(recipe.student, splits.classes, splits.colors, 0)

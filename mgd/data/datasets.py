@@ -284,8 +284,14 @@ def _files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}")
 
-    walked = os.walk(folder, onerror=refuse, followlinks=True)
-    return sorted(Path(place, name) for place, _, names in walked for name in names)
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        found += [path for name in names if (path := Path(place, name)).is_file() or path.is_symlink()]
+    return sorted(found)
 
 
 def some(names: list[str]) -> str:

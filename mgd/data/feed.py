@@ -1,5 +1,6 @@
 """What the training loop draws its batches from: a map-style pool, or a stream whose place it keeps."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from mgd.data.loaders import StepSampler, TrainingPairs, start_worker, training_loader
 from mgd.data.stream import Place, Pool, StreamBatches
-from mgd.files import append_line
+from mgd.errors import UserError
+from mgd.files import append_line, write_text
 from mgd.recipe import DataSection
 
 
@@ -22,7 +24,7 @@ class Feed:
         section: the recipe's `[data]`; `workers` and `on_error` are used.
         accelerator: device and processes.
         folder: run folder; images of the stream that are skipped are listed in `skipped.jsonl`.
-        saved: what `state` of the resume point was.
+        reached: the resume point: `step`, and `stream`, which `state` has made.
     """
 
     def __init__(
@@ -32,14 +34,16 @@ class Feed:
         section: DataSection,
         accelerator: Accelerator,
         folder: Path,
-        saved: Mapping | None,
+        reached: Mapping,
     ) -> None:
         self.pairs, self.pool, self.section, self.accelerator = pairs, pool, section, accelerator
         self.log = folder / "skipped.jsonl"
         self.workers = max(1, section.workers)  # whatever the machine: each worker has its own part of the stream
         self.readers = self.workers * accelerator.num_processes
         self.skipped, self.places = 0, {}
-        if saved:
+        if accelerator.is_main_process and self.log.exists():
+            self._forget(reached["step"])
+        if saved := reached["stream"]:
             self.skipped = saved["skipped"] if accelerator.is_main_process else 0
             self.places = {int(slot): Place(*place) for slot, place in saved["places"].items()}
             if saved["readers"] != self.readers:
@@ -51,25 +55,44 @@ class Feed:
         """Yield this process's part of the batch of each step from `start`, and note where the stream is."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         sampler = StepSampler(start, stop, batch_size, rank, world_size)
-        pin_memory = self.accelerator.device.type == "cuda"
+        loader = self._loader(sampler, pin_memory=self.accelerator.device.type == "cuda")
+        try:
+            for step, batch in zip(sampler.steps, loader, strict=True):
+                if self.pool is not None:
+                    self._note(step, batch)
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                "a data worker died (killed for memory?); the same command goes on from the last resume point, "
+                "[data] workers = 0 or a smaller buffer needs less"
+            ) from error
+
+    def _loader(self, sampler: StepSampler, pin_memory: bool) -> DataLoader:
         if self.pool is None:
-            yield from training_loader(self.pairs, sampler, self.section.workers, pin_memory)
-            return
+            return training_loader(self.pairs, sampler, self.section.workers, pin_memory)
         batches = StreamBatches(self.pairs, self.pool, sampler, self.workers, self.places, self.section.on_error)
-        loader = DataLoader(
+        return DataLoader(
             batches,
             batch_size=None,
             num_workers=self.workers if self.section.workers else 0,
             pin_memory=pin_memory,
             worker_init_fn=start_worker,
         )
-        for step, batch in zip(sampler.steps, loader, strict=True):
-            slot, place = batch.pop("stream")
-            self.places[int(slot)] = Place(*map(int, place))
-            for image in batch.pop("skipped"):
-                self.skipped += 1
-                append_line(self.log, {"step": step + 1, "image": image})
-            yield batch
+
+    def _note(self, step: int, batch: dict) -> None:
+        slot, place = batch.pop("stream")
+        self.places[int(slot)] = Place(*map(int, place))
+        for image in batch.pop("skipped"):
+            self.skipped += 1
+            append_line(self.log, {"step": step + 1, "image": image})
+
+    def _forget(self, start: int) -> None:
+        """Drop what was listed after the resume point; those steps are done again."""
+        rows = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
+        kept = [row for row in rows if row["step"] <= start]
+        write_text(self.log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def state(self) -> dict | None:
         """Return what a resume point keeps of the stream, the same on all processes."""

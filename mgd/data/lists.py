@@ -72,7 +72,7 @@ def read_list(path: Path) -> list[str]:
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     entries = [entry for line in lines if (entry := line.split("\t")[0].strip())]
     if not entries:

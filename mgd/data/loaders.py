@@ -22,6 +22,8 @@ from mgd.errors import UserError
 from mgd.recipe import DataSection
 
 LABELED, UNLABELED, MIX, MASK = range(4)  # the streams of randomness; each is drawn on its own
+# What PIL's decoders raise on files that are damaged or no images.
+UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError)
 UNLABELED_STREAMS = {"unlabeled": UNLABELED, "mix": MIX}
 
 
@@ -56,7 +58,7 @@ class Images:
             if row["image"] is None or (with_label and row["label"] is None):
                 raise ValueError("the table holds no image or no mask for it")
             image = to_rgb(row["image"])
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise UserError(f"image {name} cannot be read: {error}") from error
         label = None
         if with_label:

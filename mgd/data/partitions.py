@@ -22,6 +22,8 @@ class Split:
     streamed: bool = False
     """The unlabelled images are a stream; `num_streamed` of them, where that is known."""
     num_streamed: int | None = None
+    pool: str = ""
+    """Identity of the files of [data.unlabeled]."""
 
     @property
     def num_unlabeled(self) -> int | None:
@@ -40,6 +42,7 @@ class Split:
             "labeled": list(self.labeled),
             "unlabeled": list(self.unlabeled),
             "skipped": dict(self.skipped),
+            "pool": self.pool,
         }
 
 

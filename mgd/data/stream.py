@@ -5,6 +5,9 @@ its own shards, and shuffles one buffer of images after another. A place in the 
 four numbers, and a resumed run reads again no more than the shard and the buffer it was in.
 """
 
+import glob
+import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +18,7 @@ import PIL.Image
 import pyarrow.parquet
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from mgd.data.loaders import StepSampler, TrainingPairs
+from mgd.data.loaders import UNREADABLE, StepSampler, TrainingPairs
 from mgd.data.transforms import to_rgb
 from mgd.errors import UserError
 from mgd.recipe import UnlabeledSection
@@ -47,26 +50,23 @@ class Pool:
     """
 
     def __init__(self, section: UnlabeledSection) -> None:
-        self.section = section
+        self.section, self.count = section, None
         name, files = _source(section)
-        self.count = None
         try:
             if section.parquet:
-                self.count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in files)
-            found = datasets.load_dataset(
-                name, data_files={section.split: files} if files else None, split=section.split, streaming=True
-            )
+                rows = [pyarrow.parquet.read_metadata(path).num_rows for path in files]
+                self.count = sum(rows)
+                files = [path for path, number in zip(files, rows, strict=True) if number]
+                if not files:
+                    raise ValueError("its files hold no row")
+            found = datasets.load_dataset(name, **_files_of(section, files), split=section.split, streaming=True)
             columns = list(found.features or next(iter(found.iter(1))))
-        except (OSError, ValueError, ConnectionError, StopIteration, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"[data.unlabeled] {section.location} cannot be read: {reason}") from error
-        if section.image_column not in columns:
-            raise UserError(
-                f"[data.unlabeled] image_column = {section.image_column!r}: there is no such column; "
-                f"choices: {', '.join(columns)}"
-            )
+        except Exception as error:  # of the many libraries that read a pool
+            raise _unreadable(section, error) from error
+        _check_column(section, columns)
         if found.info.splits and self.count is None and section.split in found.info.splits:
             self.count = found.info.splits[section.split].num_examples
+        self.files = files
         found = found.select_columns([section.image_column])
         self.source = found.cast_column(section.image_column, datasets.Image(decode=False))
 
@@ -113,6 +113,8 @@ class Pool:
         self, source: datasets.IterableDataset, shards: np.ndarray, start: Place, share: tuple[int, int]
     ) -> Iterator[tuple[list[tuple[str, dict]], Place]]:
         """Yield buffers of up to `buffer` images of these shards, and where each begins."""
+        whole_files = source.num_shards == len(self.files)
+        titles = [Path(path).name for path in self.files] if whole_files else range(source.num_shards)
         window: list[tuple[str, dict]] = []
         begins = start._replace(used=0)
         for number in range(start.shard, len(shards)):
@@ -126,7 +128,7 @@ class Pool:
                     if row <= done:
                         continue
                     if (row + shard) % share[1] == share[0]:
-                        window.append((f"{shard}:{row - 1}", image))
+                        window.append((f"{titles[shard]} row {row - 1}", image))
                     if len(window) == self.section.buffer:
                         yield window, begins
                         window, begins = [], Place(start.epoch, number, row)
@@ -187,11 +189,19 @@ class StreamBatches(IterableDataset):
 
     def _next(self, images: Iterator, skipped: list[str]) -> tuple[str, PIL.Image.Image, Place]:
         while True:
-            name, value, place = next(images)
             try:
+                name, value, place = next(images)
+            except UserError:
+                raise
+            except Exception as error:  # of the many libraries that read a pool
+                raise _unreadable(self.pool.section, error) from error
+            try:
+                if value is None:
+                    raise ValueError("the table holds no image for it")
                 return name, to_rgb(datasets.Image().decode_example(value)), place
-            except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-                where = f"[data.unlabeled] {self.pool.section.location}: image {name} cannot be read: {error}"
+            except (*UNREADABLE, TypeError) as error:
+                reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+                where = f"[data.unlabeled] {self.pool.section.location}: image {name} cannot be read: {reason}"
                 if self.on_error == "raise":
                     raise UserError(f'{where}; mend it, or leave it out: [data] on_error = "skip"') from error
                 skipped.append(where)
@@ -207,19 +217,41 @@ def whole_pool(section: UnlabeledSection) -> datasets.Dataset:
     """
     name, files = _source(section)
     try:
-        found = datasets.load_dataset(name, data_files={section.split: files} if files else None, split=section.split)
-    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"[data.unlabeled] {section.location} cannot be read: {reason}") from error
-    if section.image_column not in found.column_names:
+        found = datasets.load_dataset(name, **_files_of(section, files), split=section.split)
+        _check_column(section, found.column_names)
+        found = found.select_columns([section.image_column])
+        found = found if section.image_column == "image" else found.rename_column(section.image_column, "image")
+        found = found.cast_column("image", datasets.Image())
+    except UserError:
+        raise
+    except Exception as error:  # of the many libraries that read a pool
+        raise _unreadable(section, error) from error
+    return found.add_column("id", [f"pool/{index:08d}" for index in range(len(found))]).select_columns(["id", "image"])
+
+
+def identity(section: UnlabeledSection) -> str:
+    """Return a SHA-256 over names and sizes of the pool's files (of a hub pool, its name), to tell it has changed."""
+    name, files = _source(section)
+    listed = [f"{Path(path).name} {Path(path).stat().st_size}" for path in files]
+    return hashlib.sha256("\n".join([name, section.split, section.image_column, *listed]).encode()).hexdigest()
+
+
+def _files_of(section: UnlabeledSection, files: list[str]) -> dict[str, dict]:
+    """Return `data_files` for `load_dataset`, which takes names for patterns."""
+    return {"data_files": {section.split: [glob.escape(path) for path in files]}} if files else {}
+
+
+def _check_column(section: UnlabeledSection, columns: list[str]) -> None:
+    if section.image_column not in columns:
         raise UserError(
             f"[data.unlabeled] image_column = {section.image_column!r}: there is no such column; "
-            f"choices: {', '.join(found.column_names)}"
+            f"choices: {', '.join(columns)}"
         )
-    found = found.select_columns([section.image_column])
-    found = found if section.image_column == "image" else found.rename_column(section.image_column, "image")
-    found = found.cast_column("image", datasets.Image())
-    return found.add_column("id", [f"pool/{index:08d}" for index in range(len(found))]).select_columns(["id", "image"])
+
+
+def _unreadable(section: UnlabeledSection, error: Exception) -> UserError:
+    reason = " ".join(f"{error.__cause__ or error}".split())[:200] or type(error).__name__
+    return UserError(f"[data.unlabeled] {section.location} cannot be read: {reason}; mend it, and run the same command")
 
 
 def _source(section: UnlabeledSection) -> tuple[str, list[str]]:
@@ -229,7 +261,11 @@ def _source(section: UnlabeledSection) -> tuple[str, list[str]]:
     kind = "parquet" if section.parquet else "webdataset"
     folder = Path(section.location)
     ending = "parquet" if section.parquet else "tar"
-    files = sorted(str(path) for path in folder.rglob(f"*.{ending}")) if folder.is_dir() else []
+    files = sorted(
+        str(path)
+        for path in (folder.rglob("*") if folder.is_dir() else [])
+        if path.suffix.lower() == f".{ending}" and not path.name.startswith(".") and path.is_file()
+    )
     if not files:
         raise UserError(f"[data.unlabeled] {kind} = {section.location!r}: no *.{ending} there")
     return kind, files

@@ -100,7 +100,12 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return an 8-bit RGB image: 16-bit grey is scaled, transparency is laid on white."""
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float64)
-        full = 65535.0 if image.mode.startswith("I") else max(float(values.max(initial=0.0)), 1.0)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds pixels that are no number")
+        top = float(values.max(initial=0.0))
+        full = max(top, 1.0)
+        if image.mode.startswith("I"):  # 32 bits may hold 8 or 16
+            full = 255.0 if image.mode == "I" and top <= 255 else 65535.0
         image = PIL.Image.fromarray((values.clip(0, full) * (255.0 / full)).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

@@ -22,7 +22,7 @@ class LogitSection(MethodSection):
     """Images it is taken on; the unlabelled ones are CutMix-ed, teachers and student see the same."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the distillation loss."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     """Divides the logits of both."""
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from mgd.data.cutmix import mix
 from mgd.losses import mgd as losses
 from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look, num_processes
-from mgd.recipe import Positive, Section
+from mgd.recipe import Section
 from mgd.registry import METHODS
 
 Weight = Annotated[float, Field(ge=0)]
@@ -46,7 +46,7 @@ class RegionTerm(Section):
     """Names under [teachers]; empty switches the term off."""
     weight: Weight = 100.0
     """lambda2."""
-    grid: Positive = 7
+    grid: Annotated[int, Field(gt=0, le=64)] = 7
     """Regions a side."""
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.recipe import Positive, Section
+from mgd.recipe import Section
 from mgd.registry import HEADS
 
 
@@ -20,7 +20,7 @@ class DeepLabV3PlusConfig(Section):
     """Width of ASPP and decoder."""
     low_level_channels: Annotated[int, Field(gt=0, le=8192)] = 48
     """Width of the stride-4 branch (the paper: 48, and 24 for MobileNetV2)."""
-    aspp_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (6, 12, 18)
+    aspp_rates: Annotated[tuple[Annotated[int, Field(gt=0, le=512)], ...], Field(min_length=1)] = (6, 12, 18)
     """Dilations of the 3x3 ASPP branches."""
     norm: Literal["batch", "group"] = "batch"
     """`group` has no batch statistics: for batches of one or two images a process."""

@@ -183,6 +183,13 @@ def load_segmenter(source: str | Path) -> Segmenter:
     model = Segmenter(section, config["classes"], config["colors"])
     try:
         weights = load_file(folder / "model.safetensors")
+        if odd := [
+            name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+        ]:
+            raise UserError(f"{folder / 'model.safetensors'}: {odd[0]} holds values that are no number")
+        kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        if odd := [name for name, tensor in weights.items() if tensor.dtype != kinds.get(name, tensor.dtype)]:
+            raise UserError(f"{folder / 'model.safetensors'}: {odd[0]} is {weights[odd[0]].dtype}, not {kinds[odd[0]]}")
         model.load_state_dict(weights, strict=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
@@ -198,6 +205,8 @@ def find_model(source: str | Path) -> Path:
         if (folder / "config.json").is_file():
             return folder
     text = str(source)
+    if (Path(source) / "recipe.toml").is_file():
+        raise UserError(f"{source}: a run that is not finished; its command goes on with it, and writes model/")
     if Path(source).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise UserError(f"{source}: no config.json there or in its model/; expected a run, a model folder or a hub id")
     from huggingface_hub import snapshot_download
@@ -214,7 +223,7 @@ def find_model(source: str | Path) -> Path:
 def _read_config(path: Path) -> dict:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} is no model's config.json")

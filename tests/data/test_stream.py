@@ -156,7 +156,9 @@ def test_bad_images_of_a_stream(write_recipe, tmp_path, capsys):
     (tmp_path / "pool").mkdir()
     features = datasets.Features({"picture": datasets.Image()})
     datasets.Dataset.from_dict({"picture": rows}, features=features).to_parquet(tmp_path / "pool" / "a.parquet")
-    with pytest.raises(UserError, match=r"\[data.unlabeled\] .*: image 0:\d+ cannot be read.*on_error = .skip."):
+    with pytest.raises(
+        UserError, match=r"\[data.unlabeled\] .*: image a.parquet row \d+ cannot be read.*on_error = .skip."
+    ):
         run_recipe(stream_recipe(write_recipe, tmp_path, "raise"), Accelerator())
     recipe = stream_recipe(write_recipe, tmp_path, "skip", on_error="skip")
     metrics = run_recipe(recipe, Accelerator())

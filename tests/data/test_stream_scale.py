@@ -59,8 +59,12 @@ def test_200_000_images(parquet, write_recipe, tmp_path):
 
     # ---- speed, in turns ----
     feeds = {
-        "stream": Feed(streamed, pool, recipe.data, accelerator, tmp_path, None).batches(0, 10**6, batch_size),
-        "map": Feed(mapped, None, recipe.data, accelerator, tmp_path, None).batches(0, 10**6, batch_size),
+        "stream": Feed(streamed, pool, recipe.data, accelerator, tmp_path, {"step": 0, "stream": None}).batches(
+            0, 10**6, batch_size
+        ),
+        "map": Feed(mapped, None, recipe.data, accelerator, tmp_path, {"step": 0, "stream": None}).batches(
+            0, 10**6, batch_size
+        ),
     }
     seconds = {name: [] for name in feeds}
     for _ in range(30):
@@ -75,7 +79,7 @@ def test_200_000_images(parquet, write_recipe, tmp_path):
     del feeds
 
     # ---- memory over one pass ----
-    feed = Feed(streamed, pool, recipe.data, accelerator, tmp_path, None)
+    feed = Feed(streamed, pool, recipe.data, accelerator, tmp_path, {"step": 0, "stream": None})
     resident, at_two_thirds, following = [], None, []
     for step, batch in enumerate(feed.batches(0, last, batch_size), 1):
         if step % (last // 10) == 0:
@@ -89,7 +93,7 @@ def test_200_000_images(parquet, write_recipe, tmp_path):
 
     # ---- taken up deep inside ----
     began = time.perf_counter()
-    again = Feed(streamed, pool, recipe.data, accelerator, tmp_path, at_two_thirds)
+    again = Feed(streamed, pool, recipe.data, accelerator, tmp_path, {"step": 0, "stream": at_two_thirds})
     batches = itertools.islice(again.batches(last * 2 // 3, last, batch_size), 3)
     assert [batch["unlabeled_id"] + batch["mix_id"] for batch in batches] == following
     print(f"taken up at image {COUNT * 2 // 3} with the same images, first three batches in ", end="")
