@@ -58,27 +58,40 @@ def check_recipe(
     local_batch = per_process(recipe.optim.batch_size, accelerator.num_processes)
     if recipe.optim.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError('[optim] sync_batchnorm = true needs GPUs; without one use [student.head] norm = "group"')
-    splits = load_splits(recipe.data)
-    partition = split_data(recipe, splits)
     for name, teacher in (teachers or {}).items():
-        check_classes(splits, teacher, f"[teachers.{name}]")
-    section = _without_augmentation(recipe.data)
-    if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
-        if partition.unlabeled:
-            accelerator.print(f"note: {len(partition.unlabeled)} unlabelled images give way to [data.unlabeled]")
-        partition = dataclasses.replace(partition, unlabeled=())
-    splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
+        check_classes(load_splits(recipe.data), teacher, f"[teachers.{name}]")
+    splits, partition, size = check_data(recipe, accelerator)
     whole = size if recipe.eval.mode == "whole" else None
     images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
     check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
-    if recipe.data.unlabeled:
-        partition = dataclasses.replace(partition, pool=identity(recipe.data.unlabeled))
-    if recipe.data.unlabeled and recipe.data.unlabeled.streaming:
-        count = Pool(recipe.data.unlabeled).count
-        return splits, dataclasses.replace(partition, streamed=True, num_streamed=count)
-    if not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+    if not partition.streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
         accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition
+
+
+def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split, tuple[int, int]]:
+    """Read every image and mask that a run will need, and say what is odd about them.
+
+    Returns:
+        Data and partition, without what is skipped; height and width of the first validation
+        image, pixels.
+
+    Raises:
+        UserError: the partition, images or masks, or `[data.unlabeled]` cannot be used.
+    """
+    splits, pool = load_splits(recipe.data), recipe.data.unlabeled
+    partition = split_data(recipe, splits)
+    streamed = pool is not None and pool.streaming
+    if streamed:
+        if partition.unlabeled:
+            accelerator.print(f"note: {len(partition.unlabeled)} unlabelled images give way to [data.unlabeled]")
+        partition = dataclasses.replace(partition, unlabeled=())
+    section = _without_augmentation(recipe.data)
+    splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
+    if pool:
+        count = Pool(pool).count if streamed else None
+        partition = dataclasses.replace(partition, pool=identity(pool), streamed=streamed, num_streamed=count)
+    return splits, partition, size
 
 
 @functools.lru_cache(maxsize=4)
@@ -157,7 +170,7 @@ def _answer_problems(problems: Sequence[str], section: DataSection, accelerator:
             f"[data] {len(problems)} image(s) cannot be used: {listed}; mend them (stages/prepare.py lists all), or "
             'leave them out: [data] on_error = "skip"'
         )
-    accelerator.print(f"note: {len(problems)} image(s) skipped, by [data] on_error: {listed}", flush=True)
+    accelerator.print(f"note: {len(problems)} image(s) skipped by [data] on_error: {listed}", flush=True)
 
 
 def split_data(recipe: Recipe, splits: Splits) -> Split:

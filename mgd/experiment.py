@@ -87,7 +87,7 @@ def _run(
             open_folder(recipe, partition, fingerprints, restart)
     accelerator.print(
         f"{folder}: {recipe.method.name} {recipe.student.backbone}, {len(partition.labeled)} labelled / "
-        f"{_count(partition)} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "
+        f"{partition.unlabeled_text} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
 
@@ -196,12 +196,6 @@ def _training_pairs(recipe: Recipe, splits: Splits, partition: Split, uses_unlab
     pool = partition.unlabeled or partition.labeled
     source = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
     return TrainingPairs(labeled, Images(rows_of(source, pool), splits.decoder, scale), recipe.data, recipe.run.seed)
-
-
-def _count(partition: Split) -> str:
-    if not partition.streamed:
-        return str(len(partition.unlabeled))
-    return "a stream of " + ("unknown length" if partition.num_streamed is None else str(partition.num_streamed))
 
 
 def _finish(

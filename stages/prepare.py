@@ -11,9 +11,10 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.checks import load_splits, split_data  # noqa: E402
+from mgd.checks import check_data, load_splits  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.scan import scan  # noqa: E402
+from mgd.data.stream import Pool, scan_pool  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
@@ -25,7 +26,7 @@ def main() -> None:
     recipe = load(args.recipe, args.set)
     splits = load_splits(recipe.data)
 
-    problems, rows = [], []
+    problems, rows, pixels = [], [], {}
     for name, source, with_label in (
         ("train, with mask", splits.labeled, True),
         ("train, without mask", splits.unlabeled, False),
@@ -33,14 +34,34 @@ def main() -> None:
     ):
         found = scan(Images(source, splits.decoder), with_label, recipe.data.workers, name)
         problems += [f"{name}: {problem}" for problem in found.problems.values()]
-        sizes = found.sizes
-        sides = " to ".join(f"{width}x{height}" for width, height in sorted({min(sizes), max(sizes)})) if sizes else ""
-        rows.append({"images": name, "count": len(source), "unusable": len(found.problems), "sizes": sides})
+        pixels[name] = found.pixels
+        ends = sorted({min(found.sizes), max(found.sizes)}) if found.sizes else []
+        sizes = " to ".join(f"{width}x{height}" for width, height in ends)
+        rows.append({"images": name, "count": len(source), "unusable": len(found.problems), "sizes": sizes})
+    pool = recipe.data.unlabeled
+    if pool and pool.streaming:
+        count, bad = scan_pool(Pool(pool))
+        problems += [f"[data.unlabeled]: {problem}" for problem in bad]
+        rows.append({"images": "[data.unlabeled]", "count": count, "unusable": len(bad), "sizes": ""})
     cli.print_rows(rows, args.json)
-    if problems:
+    print()
+    shares = {name: 100 * counts / max(counts.sum(), 1) for name, counts in pixels.items()}
+    names = [*enumerate(splits.classes), (255, "ignored")]
+    cli.print_rows(
+        [
+            {"class": name, "train pixels %": shares["train, with mask"][index], "val pixels %": shares["val"][index]}
+            for index, name in names
+        ]
+    )
+    if problems and recipe.data.on_error == "raise":
         raise UserError("\n".join(problems))
-    partition = split_data(recipe, splits)
-    print(f"partition: {len(partition.labeled)} labelled / {len(partition.unlabeled)} unlabelled; nothing is wrong")
+    for problem in problems:
+        print(f"note: skipped: {problem}")
+    _, partition, _ = check_data(recipe, cli.start(recipe))
+    print(
+        f"partition: {len(partition.labeled)} labelled / {partition.unlabeled_text} unlabelled; nothing is wrong"
+        + (" with the others" if problems else "")
+    )
 
 
 if __name__ == "__main__":

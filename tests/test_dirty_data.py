@@ -111,7 +111,7 @@ def test_bad_files_are_refused_before_training_or_skipped_and_listed(folder, rec
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "runs").exists()
 
     metrics = run_recipe(recipe_of(on_error="skip"), Accelerator())
-    assert "note: 1 image(s) skipped, listed in partition.json: " in capsys.readouterr().out
+    assert "note: 1 image(s) skipped by [data] on_error: " in capsys.readouterr().out
     manifest = json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text())
     ((skipped, why),) = manifest["skipped"].items()
     in_val = spoil is mask_value_out_of_range

@@ -30,6 +30,13 @@ class Split:
         """Unlabelled images; None for a stream of unknown length."""
         return self.num_streamed if self.streamed else len(self.unlabeled)
 
+    @property
+    def unlabeled_text(self) -> str:
+        """How many unlabelled images there are, for a message."""
+        if not self.streamed:
+            return str(len(self.unlabeled))
+        return "a stream of " + ("unknown length" if self.num_streamed is None else str(self.num_streamed))
+
     def manifest(self, section: Partition, seed: int) -> dict:
         """Return what `partition.json` holds: how it was drawn, both counts, both lists."""
         return {

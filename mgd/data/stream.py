@@ -136,6 +136,30 @@ class Pool:
             yield window, begins
 
 
+def scan_pool(pool: Pool) -> tuple[int, list[str]]:
+    """Read a stream once; return how many images it has, and a line on each that cannot be used."""
+    count, problems = 0, []
+    for name, value, place in pool.read(0, 1, 0, Place()):
+        if place.epoch:
+            break
+        count += 1
+        try:
+            _decode(value)
+        except (*UNREADABLE, TypeError) as error:
+            problems.append(f"image {name} cannot be read: {_reason(error)}")
+    return count, problems
+
+
+def _decode(value: dict | None) -> PIL.Image.Image:
+    if value is None:
+        raise ValueError("the table holds no image for it")
+    return to_rgb(datasets.Image().decode_example(value))
+
+
+def _reason(error: Exception) -> str:
+    return re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+
+
 class StreamBatches(IterableDataset):
     """Batches of a run whose unlabelled images are a stream; labelled images and masks are as ever.
 
@@ -196,12 +220,9 @@ class StreamBatches(IterableDataset):
             except Exception as error:  # of the many libraries that read a pool
                 raise _unreadable(self.pool.section, error) from error
             try:
-                if value is None:
-                    raise ValueError("the table holds no image for it")
-                return name, to_rgb(datasets.Image().decode_example(value)), place
+                return name, _decode(value), place
             except (*UNREADABLE, TypeError) as error:
-                reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
-                where = f"[data.unlabeled] {self.pool.section.location}: image {name} cannot be read: {reason}"
+                where = f"[data.unlabeled] {self.pool.section.location}: image {name} cannot be read: {_reason(error)}"
                 if self.on_error == "raise":
                     raise UserError(f'{where}; mend it, or leave it out: [data] on_error = "skip"') from error
                 skipped.append(where)
