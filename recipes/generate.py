@@ -97,7 +97,7 @@ SIZES = {
 }
 COSTS = {
     "": "not measured here; a GPU is meant",
-    "_half": "see the README's CamVid table, measured on 2 CPU cores",
+    "_half": "see the README's CamVid table, measured on one CPU core",
 }
 
 

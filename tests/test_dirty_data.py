@@ -14,6 +14,7 @@ from conftest import TINY
 
 from mgd.checks import check_recipe
 from mgd.data.loaders import Images
+from mgd.data.transforms import to_rgb
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.losses.supervised import cross_entropy, ohem_cross_entropy
@@ -175,6 +176,22 @@ def test_an_empty_unlabeled_folder_is_said(folder, recipe_of, capsys):
     (folder / "unlabeled").mkdir()
     run_recipe(recipe_of(), Accelerator())
     assert "note: no unlabelled image; the labelled ones serve as the pool" in capsys.readouterr().out
+
+
+def test_links_that_lead_back_and_things_that_are_no_files(folder, recipe_of):
+    (folder / "unlabeled" / "loop").symlink_to(folder / "unlabeled")
+    os.mkfifo(folder / "unlabeled" / "pipe.png")
+    _, partition = check_recipe(recipe_of(), Accelerator())
+    assert len(partition.unlabeled) == 3
+
+
+def test_tiffs_of_32_bits(folder):
+    values = np.arange(200, dtype=np.int32).reshape(10, 20)
+    assert np.asarray(to_rgb(PIL.Image.fromarray(values)))[..., 0].tolist() == values.tolist()
+    wide = np.asarray(to_rgb(PIL.Image.fromarray(values * 300)))
+    assert wide.max() == 199 * 300 * 255 // 65535
+    with pytest.raises(ValueError, match="no number"):
+        to_rgb(PIL.Image.fromarray(np.full((2, 2), np.nan, np.float32)))
 
 
 def test_nothing_but_ignore_and_duplicate_stems_are_refused(folder, recipe_of):

@@ -1,15 +1,22 @@
 """What run_recipe promises, in this process."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 
 import PIL.Image
 import pytest
 import tomli_w
 from accelerate import Accelerator
+from conftest import ROOT
 
-from mgd.errors import UserError
+from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
+from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.recipe import load
 from mgd.runs import needed_recipes, refuse_students
@@ -160,3 +167,46 @@ def test_a_student_is_no_teacher(write_recipe, tmp_path):
         again = load(write_recipe(method=term, teachers={"one": {"checkpoint": str(place)}}))
         with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = .* is itself a student of teachers"):
             refuse_students(again)
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(write_recipe, tmp_path):
+    recipe = load(write_recipe())
+    ready, child = tmp_path / "ready", tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, sys, time\nfrom mgd.runs import hold\n"
+        f"with hold(pathlib.Path({str(recipe.run_dir)!r})):\n"
+        f"    pathlib.Path({str(ready)!r}).touch()\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, child], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while not ready.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(UserError, match=rf"is being written by another process \(pid {process.pid}\)"):
+        run_recipe(recipe, Accelerator())
+    process.kill()
+    process.wait()
+    run_recipe(recipe, Accelerator())
+
+
+def test_a_signal_in_the_last_step_still_ends_the_command(write_recipe, monkeypatch):
+    step = Supervised.step
+
+    def signalled(self, batch, number):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(Supervised, "step", signalled)
+    recipe = load(write_recipe())
+    with pytest.raises(Stopped, match="step 4 of 4 is kept"):
+        run_recipe(recipe, Accelerator())
+    monkeypatch.setattr(Supervised, "step", step)
+    assert run_recipe(recipe, Accelerator())["steps"] == 4
+
+
+def test_a_run_that_is_not_finished_cannot_be_evaluated(write_recipe):
+    recipe = load(write_recipe())
+    recipe.run_dir.mkdir(parents=True)
+    (recipe.run_dir / "recipe.toml").write_text(recipe.to_toml())
+    with pytest.raises(UserError, match="a run that is not finished; its command goes on with it"):
+        load_segmenter(recipe.run_dir)

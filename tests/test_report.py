@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 import tomllib
 
 import PIL.Image
@@ -81,7 +82,14 @@ def test_what_is_left_out_is_said(fake_run, tmp_path):
     (unfinished / "metrics.json").unlink()
     broken = fake_run("c", 0, 50.0)
     (broken / "recipe.toml").write_text("[run\n")
+    for number, (key, value) in enumerate({"miou": None, "seed": 7, "seconds": "1", "best_on_val": 5}.items()):
+        edited = fake_run(f"d{number}", 0, 50.0) / "metrics.json"
+        edited.write_text(json.dumps(json.loads(edited.read_text()) | {key: value}))
+    shutil.copytree(twin, tmp_path / "runs" / ".a-s0.deleted")
     cells, left_out = collect([tmp_path / "runs", tmp_path / "again"])
+    changed = [line for line in left_out if "metrics.json is not as a run wrote it" in line]
+    assert [line.split(": ")[2].split(" =")[0] for line in changed] == ["miou", "seed", "seconds", "best_on_val"]
+    left_out = [line for line in left_out if line not in changed]
     assert [(cell.label, cell.mean) for cell in cells] == [("a", 50.0)]
     assert [line.split(":")[0] for line in left_out] == [str(unfinished), str(broken), str(twin)]
     with pytest.raises(UserError, match="no such folder"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
 from mgd.data.datasets import by_stem
 from mgd.errors import UserError
@@ -74,6 +75,22 @@ def test_a_config_cannot_import_or_fetch(model, tmp_path, monkeypatch, key, valu
     with pytest.raises(UserError):
         load_segmenter(model)
     assert not (tmp_path / "pwned").exists()
+
+
+def test_tampered_weights_are_refused(model):
+    path = model / "model.safetensors"
+    weights = load_file(path)
+    name = next(key for key, tensor in weights.items() if tensor.is_floating_point())
+    for tensor, message in (
+        (weights[name] * float("nan"), "no number"),
+        (weights[name].long(), "int64, not torch.float32"),
+    ):
+        save_file(weights | {name: tensor}, path)
+        with pytest.raises(UserError, match=message):
+            load_segmenter(model)
+    (model / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="config.json cannot be read"):
+        load_segmenter(model)
 
 
 class Bomb:

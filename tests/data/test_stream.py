@@ -11,7 +11,8 @@ import PIL.Image
 import pytest
 from accelerate import Accelerator
 
-from mgd.data.stream import Place, Pool
+from mgd import checks
+from mgd.data.stream import Place, Pool, scan_pool
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
 from mgd.methods.cps import CPS
@@ -187,3 +188,49 @@ def test_a_pool_that_is_no_stream_joins_the_unlabelled_images(write_recipe, tmp_
     assert run_recipe(recipe, Accelerator())["num_unlabeled"] == 8 + 31
     manifest = json.loads((recipe.run_dir / "partition.json").read_text())
     assert "pool/00000030" in manifest["unlabeled"]
+
+
+def test_rows_and_shards_without_an_image(write_recipe, tmp_path):
+    pool, features = tmp_path / "pool", datasets.Features({"picture": datasets.Image()})
+    pool.mkdir()
+    rows = [{"bytes": picture(number), "path": None} if number % 3 else None for number in range(12)]
+    datasets.Dataset.from_dict({"picture": rows}, features=features).to_parquet(pool / "a[1].parquet")
+    datasets.Dataset.from_dict({"picture": []}, features=features).to_parquet(pool / "b.parquet")
+    (pool / ".hidden.parquet").write_bytes(b"junk")
+    assert Pool(section(pool)).count == 12
+    assert scan_pool(Pool(section(pool)))[0] == 12
+    with pytest.raises(UserError, match=r"image a\[1\].parquet row \d+ cannot be read: the table holds no image"):
+        run_recipe(stream_recipe(write_recipe, tmp_path, "raise"), Accelerator())
+    recipe = stream_recipe(write_recipe, tmp_path, "skip", on_error="skip")
+    assert run_recipe(recipe, Accelerator())["skipped_images"] > 5
+
+
+def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path):
+    write_parquet(tmp_path / "pool", (20,))
+    datasets.Dataset.from_dict({"number": list(range(50))}).to_parquet(tmp_path / "pool" / "x.parquet")
+    for on_error in ("raise", "skip"):
+        with pytest.raises(UserError, match=r"\[data.unlabeled\] .* cannot be read: .*; mend it, and run the same"):
+            run_recipe(stream_recipe(write_recipe, tmp_path, on_error, on_error=on_error), Accelerator())
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_pool_that_changes_under_an_unfinished_run_is_refused(write_recipe, tmp_path, monkeypatch, streaming):
+    write_parquet(tmp_path / "pool", (20, 11))
+    recipe = stream_recipe(write_recipe, tmp_path, "changes")
+    recipe = load(recipe.source, [f"data.unlabeled.streaming={str(streaming).lower()}", "optim.steps=9"])
+    step = CPS.step
+
+    def stopping(self, batch, number):
+        if number == 4:
+            raise Stopped(15)
+        return step(self, batch, number)
+
+    monkeypatch.setattr(CPS, "step", stopping)
+    with pytest.raises(Stopped):
+        run_recipe(recipe, Accelerator())
+    monkeypatch.setattr(CPS, "step", step)
+    write_parquet(tmp_path / "pool", (20, 12))
+    with pytest.raises(UserError, match=r"the files of \[data.unlabeled\] have changed since this run began"):
+        checks._load_splits.cache_clear()
+        checks._check_images.cache_clear()
+        run_recipe(recipe, Accelerator())

@@ -47,6 +47,8 @@ def test_every_unusable_file_is_listed(prepare, write_recipe, tmp_path, capsys):
     assert "partition: 4 labelled / 14 unlabelled; nothing is wrong" in out
 
     training = Folder(**{**data, "classes": ("a", "b")}).load().labeled["id"][:]
+    odd = 100 * sum(int(name) % 2 for name in training) / 8
+    assert [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("| b ")] == [f"{odd:.2f}"]
     (root / "images" / f"{training[0]}.png").write_bytes(b"\x89PNG cut short")
     PIL.Image.new("L", (5, 5)).save(root / "masks" / f"{training[1]}.png")
     PIL.Image.new("L", (30, 20), 7).save(root / "masks" / f"{training[2]}.png")
