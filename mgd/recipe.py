@@ -510,15 +510,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mgd.recipe", description="Check recipes, or print their schema.")
     parser.add_argument("recipes", nargs="*", help="recipes to check")
     parser.add_argument("--schema", action="store_true", help="print a JSON Schema for editors")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of each"
+    )
     args = parser.parse_args(argv)
     if args.schema:
         print(json.dumps(json_schema(), indent=2))
+    elif not args.recipes:
+        parser.error("name a recipe, or --schema")
+    wrong = 0
     for name in args.recipes:
         try:
-            load(name)
+            recipe = load(name, args.set)
+            for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
+                load(other)
+            print(f"{name}: ok")
         except UserError as error:
-            sys.exit(f"error: {error}")
-        print(f"{name}: ok")
+            wrong += 1
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    sys.exit(2 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from mgd.errors import UserError
-from mgd.recipe import json_schema, labeled_amount, load
+from mgd.recipe import json_schema, labeled_amount, load, main
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.name)
@@ -104,3 +104,21 @@ def test_schema_for_editors():
     assert schema == json.loads(json.dumps(json_schema()))
     assert {"run", "data", "partition", "student", "method", "optim"} <= set(schema["required"])
     assert "MGDConfig" in schema["$defs"] and "description" in schema["$defs"]["Optim"]["properties"]["lr"]
+
+
+def test_recipes_are_checked_by_command(write_recipe, tmp_path, capsys):
+    good = write_recipe("good.toml")
+    bad = write_recipe("bad.toml", optim={"lr": -1.0})
+    lost = write_recipe(
+        "lost.toml",
+        method={"name": "kd", "distill_from": ["a"]},
+        teachers={"a": {"recipe": str(tmp_path / "nowhere.toml")}},
+    )
+    for arguments, status in (([good], 0), ([bad, lost, good], 2), ([good, "--set", "optim.step=3"], 2), ([], 2)):
+        with pytest.raises(SystemExit) as done:
+            main([str(argument) for argument in arguments])
+        assert done.value.code == status
+    out, err = capsys.readouterr()
+    assert out.count("good.toml: ok") == 2
+    for wanted in ("bad.toml: [optim] lr", "nowhere.toml: cannot be read", "step: unknown key", "name a recipe"):
+        assert wanted in err

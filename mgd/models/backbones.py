@@ -63,7 +63,7 @@ def _indices(name: str, output_stride: int) -> tuple[int, int]:
         with torch.device("meta"):
             reductions = list(_create(name, output_stride).feature_info.reduction())
     except Exception as error:
-        other = "use output_stride = 32, or " if output_stride != 32 else ""
+        other = "use output_stride = 32, or " if output_stride != 32 and _fits_at_32(name) else ""
         raise UserError(
             f"[student] backbone = {name!r} cannot return feature maps at output_stride = {output_stride} "
             f"({_first_line(error)}); {other}choose another backbone"
@@ -71,10 +71,19 @@ def _indices(name: str, output_stride: int) -> tuple[int, int]:
     if LOW_LEVEL_STRIDE not in reductions or reductions[-1] != output_stride:
         raise UserError(
             f"[student] backbone = {name!r} has feature strides {reductions}; needed are {LOW_LEVEL_STRIDE} and, "
-            f"last, output_stride = {output_stride}"
+            f"last, output_stride = {output_stride}; choose a convolutional or hierarchical backbone"
         )
     low_level = max(index for index, value in enumerate(reductions) if value == LOW_LEVEL_STRIDE)
     return low_level, len(reductions) - 1
+
+
+def _fits_at_32(name: str) -> bool:
+    try:
+        with torch.device("meta"):
+            reductions = list(_create(name, 32).feature_info.reduction())
+    except Exception:  # whatever timm raises: it does not fit
+        return False
+    return LOW_LEVEL_STRIDE in reductions and reductions[-1] == 32
 
 
 def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...]) -> None:
