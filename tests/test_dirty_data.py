@@ -111,17 +111,20 @@ def test_bad_files_are_refused_before_training_or_skipped_and_listed(folder, rec
     assert name in str(refused.value) and reason in str(refused.value) and "1 image(s)" in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "runs").exists()
 
-    metrics = run_recipe(recipe_of(on_error="skip"), Accelerator())
+    splits, partition = check_recipe(recipe_of(on_error="skip"), Accelerator())
     assert "note: 1 image(s) skipped by [data] on_error: " in capsys.readouterr().out
-    manifest = json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text())
+    manifest = partition.manifest(recipe_of().partition, 0)
     ((skipped, why),) = manifest["skipped"].items()
     in_val = spoil is mask_value_out_of_range
     assert name.endswith(skipped.removeprefix("validation: ")) and reason in why
     assert skipped not in manifest["labeled"] + manifest["unlabeled"]
     added = spoil in (truncated_jpeg, no_image_at_all)
     assert manifest["num_labeled"] == 8 - (not in_val and not added) and manifest["num_unlabeled"] == 3
-    assert metrics["num_val"] == 2 - in_val
-    assert np.isfinite(metrics["miou"])
+    assert len(splits.val) == 2 - in_val
+    if in_val:
+        metrics = run_recipe(recipe_of(on_error="skip"), Accelerator())
+        assert np.isfinite(metrics["miou"]) and metrics["num_val"] == 1 and metrics["skipped_images"] == 1
+        assert json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text()) == manifest | {"teachers": {}}
 
 
 def test_all_bad_files_are_counted_at_once(folder, recipe_of):

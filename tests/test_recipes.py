@@ -135,6 +135,7 @@ def _builds(section, num_classes, crop):
     check_trainable(section.model_copy(update={"pretrained": False}), num_classes, 2, crop, several_processes=True)
 
 
+@pytest.mark.xdist_group("builds")  # one process, so that equal networks are built once
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_networks_build_and_their_weights_exist(path):
     recipe = load(path)

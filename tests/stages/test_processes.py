@@ -124,6 +124,7 @@ def test_four_processes_and_two_machines(write_recipe, tmp_path):
     assert metrics[1]["num_processes"] == 2
 
 
+@pytest.mark.slow
 def test_uneven_shards_of_a_stream_do_not_hang_two_processes(write_recipe, tmp_path):
     (tmp_path / "pool").mkdir()
     features = datasets.Features({"image": datasets.Image()})
