@@ -47,10 +47,7 @@ def output_file(text: str) -> str:
     path = Path(text).resolve()
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"{text} is not a regular file")
-    parent = next(folder for folder in path.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: {parent} is no folder that can be written to")
-    return text
+    return _writable(text, path.parent)
 
 
 def output_folder(text: str) -> str:
@@ -58,9 +55,13 @@ def output_folder(text: str) -> str:
     path = Path(text).resolve()
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a folder")
-    parent = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: {parent} is no folder that can be written to")
+    return _writable(text, path)
+
+
+def _writable(text: str, folder: Path) -> str:
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {there} is no folder that can be written to")
     return text
 
 

@@ -19,7 +19,7 @@ from mgd.checks import load_splits  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import predict_samples, sample_indices  # noqa: E402
-from mgd.files import write_text  # noqa: E402
+from mgd.files import write_json, write_text  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
 from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of, tables  # noqa: E402
@@ -53,7 +53,7 @@ def main() -> None:
     write_text(folder / "report.csv", as_csv(rows))
     print("\n\n".join(parts))
     if args.json:
-        cli.write_json(Path(args.json), rows)
+        write_json(Path(args.json), rows)
 
     # ---- figures ----
     groups = by_title(cells)

@@ -18,7 +18,7 @@ import PIL.Image
 import pyarrow.parquet
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from mgd.data.loaders import UNREADABLE, StepSampler, TrainingPairs
+from mgd.data.loaders import UNLABELED_STREAMS, UNREADABLE, StepSampler, TrainingPairs
 from mgd.data.transforms import to_rgb
 from mgd.errors import UserError
 from mgd.recipe import UnlabeledSection
@@ -144,20 +144,20 @@ def scan_pool(pool: Pool) -> tuple[int, list[str]]:
             break
         count += 1
         try:
-            _decode(value)
-        except (*UNREADABLE, TypeError) as error:
-            problems.append(f"image {name} cannot be read: {_reason(error)}")
+            _decode(name, value)
+        except UserError as error:
+            problems.append(str(error))
     return count, problems
 
 
-def _decode(value: dict | None) -> PIL.Image.Image:
-    if value is None:
-        raise ValueError("the table holds no image for it")
-    return to_rgb(datasets.Image().decode_example(value))
-
-
-def _reason(error: Exception) -> str:
-    return re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+def _decode(name: str, value: dict | None) -> PIL.Image.Image:
+    try:
+        if value is None:
+            raise ValueError("the table holds no image for it")
+        return to_rgb(datasets.Image().decode_example(value))
+    except (*UNREADABLE, TypeError) as error:
+        reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
+        raise UserError(f"image {name} cannot be read: {reason}") from error
 
 
 class StreamBatches(IterableDataset):
@@ -204,7 +204,7 @@ class StreamBatches(IterableDataset):
             samples = []
             for position in positions:
                 pair = {}
-                for key in ("unlabeled", "mix"):
+                for key in UNLABELED_STREAMS:
                     name, image, place = self._next(images, skipped)
                     pair[key] = (name, image)
                 samples.append(self.pairs.sample(position, pair))
@@ -220,9 +220,9 @@ class StreamBatches(IterableDataset):
             except Exception as error:  # of the many libraries that read a pool
                 raise _unreadable(self.pool.section, error) from error
             try:
-                return name, _decode(value), place
-            except (*UNREADABLE, TypeError) as error:
-                where = f"[data.unlabeled] {self.pool.section.location}: image {name} cannot be read: {_reason(error)}"
+                return name, _decode(name, value), place
+            except UserError as error:
+                where = f"[data.unlabeled] {self.pool.section.location}: {error}"
                 if self.on_error == "raise":
                     raise UserError(f'{where}; mend it, or leave it out: [data] on_error = "skip"') from error
                 skipped.append(where)
