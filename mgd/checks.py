@@ -118,11 +118,7 @@ def _check_images(
     pixels = {}
     for what, (source, with_label) in parts.items():
         images = Images(source, splits.decoder, section.image_scale)
-        rank, world_size = accelerator.process_index, accelerator.num_processes
-        found = scan(images, with_label, section.workers, f"reading {what} images", rank, world_size)
-        shares = gather_object([found])
-        problems[what] = {name: problem for share in shares for name, problem in sorted(share.problems.items())}
-        pixels[what] = sum(share.pixels for share in shares)
+        problems[what], pixels[what] = _read_all(images, with_label, what, section, accelerator)
     if any(problems.values()):
         _answer_problems([why for part in problems.values() for why in part.values()], section, accelerator)
     for what in ("labelled", "validation"):
@@ -149,15 +145,25 @@ def _check_images(
     return splits, Split(labeled, unlabeled, skipped), (first.height, first.width)
 
 
+def _read_all(
+    images: Images, with_label: bool, what: str, section: DataSection, accelerator: Accelerator
+) -> tuple[dict[str, str], np.ndarray]:
+    """Decode images, each process its share; return what is wrong by id, and the labelled pixels by value."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    shares = gather_object([scan(images, with_label, section.workers, f"reading {what} images", rank, world_size)])
+    problems = {name: problem for share in shares for name, problem in sorted(share.problems.items())}
+    return problems, sum(share.pixels for share in shares)
+
+
 def usable_val(splits: Splits, section: DataSection, accelerator: Accelerator) -> Splits:
     """Return the data without the validation images that cannot be used, if the recipe says to skip them."""
     if section.on_error == "raise":
         return splits
     images = Images(splits.val, splits.decoder, section.image_scale)
-    found = scan(images, True, section.workers, "reading validation images")
-    if found.problems:
-        _answer_problems(list(found.problems.values()), section, accelerator)
-    good = tuple(name for name in images.ids if name not in found.problems)
+    problems, _ = _read_all(images, True, "validation", section, accelerator)
+    if problems:
+        _answer_problems(list(problems.values()), section, accelerator)
+    good = tuple(name for name in images.ids if name not in problems)
     if not good:
         raise UserError(f"[data] none of the {len(images)} validation images can be used")
     return dataclasses.replace(splits, val=rows_of(splits.val, good))

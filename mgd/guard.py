@@ -105,15 +105,12 @@ class Guard:
         terms = {"loss": out.loss, **out.log, "gradient": self._gradient_norm()}
         finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
         mine = torch.stack([(~finite).sum(), torch.tensor(signal_number, device=finite.device)])
-        bad, received = mine.tolist()
-        bad_anywhere = bad
-        if self.accelerator.num_processes > 1:
-            bad_anywhere, received = self.accelerator.gather(mine[None]).amax(dim=0).tolist()
+        bad_anywhere, received = self.accelerator.gather(mine[None]).amax(dim=0).tolist()
         if not bad_anywhere:
             self._in_a_row = 0
             return True, received
         names = [name for name, good in zip(terms, finite.tolist(), strict=True) if not good]
-        if bad:
+        if names:
             self._write(step, names, batch)
         self._skip_or_raise(step, names, batch)
         return False, received

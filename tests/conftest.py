@@ -78,6 +78,14 @@ def run_stage(stage: str, *args: object, launcher: tuple[str, ...] = (), cwd=Non
     )
 
 
+def steps_done(folder: Path) -> int:
+    """Steps that a run's log has, also while it is written."""
+    try:
+        return sum('"loss"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
 @pytest.fixture(autouse=True)
 def _single_thread():
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """Streams of unlabelled images: nothing twice, nothing lost, shuffled, and taken up exactly."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -101,6 +102,20 @@ def test_webdataset_and_what_is_wrong_with_a_pool(tmp_path):
         next(Pool(section(tmp_path / "few")).read(4, 5, 0, Place()))
 
 
+@contextlib.contextmanager
+def stopped_at_step_4():
+    step = CPS.step
+
+    def stopping(self, batch, number):
+        if number == 4:
+            raise Stopped(15)
+        return step(self, batch, number)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(CPS, "step", stopping)
+        yield
+
+
 def stream_recipe(write_recipe, tmp_path, name, workers=0, **changes):
     unlabeled = {"parquet": str(tmp_path / "pool"), "image_column": "picture", "streaming": True, "buffer": 8}
     data = {"unlabeled": unlabeled, "workers": workers} | changes
@@ -135,19 +150,10 @@ def test_a_run_over_a_stream_is_resumed_with_the_same_images(write_recipe, tmp_p
     assert seen == whole[6:]
 
 
-def test_other_readers_begin_a_new_pass(write_recipe, tmp_path, monkeypatch, capsys):
+def test_other_readers_begin_a_new_pass(write_recipe, tmp_path, capsys):
     write_parquet(tmp_path / "pool", (20, 11, 9))
-    step = CPS.step
-
-    def stopping(self, batch, number):
-        if number == 4:
-            raise Stopped(15)
-        return step(self, batch, number)
-
-    monkeypatch.setattr(CPS, "step", stopping)
-    with pytest.raises(Stopped):
+    with stopped_at_step_4():
         run_recipe(stream_recipe(write_recipe, tmp_path, "cut", 0), Accelerator())
-    monkeypatch.setattr(CPS, "step", step)
     run_recipe(stream_recipe(write_recipe, tmp_path, "cut", 2), Accelerator())
     assert "other readers than before; the stream begins a new pass" in capsys.readouterr().out
 
@@ -214,21 +220,12 @@ def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_pool_that_changes_under_an_unfinished_run_is_refused(write_recipe, tmp_path, monkeypatch, streaming):
+def test_a_pool_that_changes_under_an_unfinished_run_is_refused(write_recipe, tmp_path, streaming):
     write_parquet(tmp_path / "pool", (20, 11))
     recipe = stream_recipe(write_recipe, tmp_path, "changes")
     recipe = load(recipe.source, [f"data.unlabeled.streaming={str(streaming).lower()}", "optim.steps=9"])
-    step = CPS.step
-
-    def stopping(self, batch, number):
-        if number == 4:
-            raise Stopped(15)
-        return step(self, batch, number)
-
-    monkeypatch.setattr(CPS, "step", stopping)
-    with pytest.raises(Stopped):
+    with stopped_at_step_4():
         run_recipe(recipe, Accelerator())
-    monkeypatch.setattr(CPS, "step", step)
     write_parquet(tmp_path / "pool", (20, 12))
     with pytest.raises(UserError, match=r"the files of \[data.unlabeled\] have changed since this run began"):
         checks._load_splits.cache_clear()

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import run_stage, stage_command
+from conftest import run_stage, stage_command, steps_done
 from safetensors.torch import load_file
 
 TIMES = {"seconds", "images_per_second", "peak_memory_mb", "name", "command"}
@@ -36,13 +36,6 @@ def start(stage, recipe, log):
     """Start a stage; its stderr goes to a file."""
     with open(log, "w") as errors:
         return subprocess.Popen(stage_command(stage, "--recipe", recipe), stdout=subprocess.DEVNULL, stderr=errors)
-
-
-def steps_done(folder):
-    try:
-        return sum('"loss"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
-    except FileNotFoundError:
-        return 0
 
 
 def kill_at(process, folder, step, number, while_writing=False):

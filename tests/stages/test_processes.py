@@ -11,7 +11,7 @@ import time
 import datasets
 import PIL.Image
 import pytest
-from conftest import run_stage, stage_command
+from conftest import run_stage, stage_command, steps_done
 from safetensors.torch import load_file
 
 # Norms without batch statistics: only the order of sums tells the number of processes.
@@ -27,13 +27,6 @@ def torchrun(processes, port):
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
         *("--master_port", str(port)),
     )
-
-
-def steps_done(folder):
-    try:
-        return sum('"loss"' in line for line in (folder / "metrics.jsonl").read_text().splitlines())
-    except FileNotFoundError:
-        return 0
 
 
 def same_within_tolerance(first, second):
