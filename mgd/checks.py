@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 
 import datasets
@@ -58,6 +60,9 @@ def check_recipe(
     local_batch = per_process(recipe.optim.batch_size, accelerator.num_processes)
     if recipe.optim.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError('[optim] sync_batchnorm = true needs GPUs; without one use [student.head] norm = "group"')
+    compiler = os.environ.get("CXX", "g++")
+    if recipe.run.compile and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(f"[run] compile = true needs a C++ compiler on a CPU, and there is no {compiler}; leave it out")
     for name, teacher in (teachers or {}).items():
         check_classes(load_splits(recipe.data), teacher, f"[teachers.{name}]")
     splits, partition, size = check_data(recipe, accelerator)

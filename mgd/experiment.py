@@ -77,6 +77,9 @@ def _run(
         networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed) for seed in seeds]
     frozen = {name: teacher.to(accelerator.device) for name, teacher in (teachers or {}).items()}
     method = method_class(recipe.method, networks, frozen)
+    if recipe.run.compile:
+        for network in [*networks, *frozen.values()]:
+            network.compile(dynamic=False)  # a crop and a batch are always of one size
     pairs = _training_pairs(recipe, splits, partition, method_class.uses_unlabeled)
     pool = Pool(recipe.data.unlabeled) if partition.streamed and method_class.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)
@@ -180,7 +183,8 @@ def evaluate_network(
         accelerator.process_index,
         accelerator.num_processes,
     )
-    with accelerator.autocast():
+    # Images come in any size, and each new one would be compiled for.
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         confusion = count_confusion(
             network, loader, num_classes, recipe.eval, recipe.data.crop, accelerator.device, keep
         )
@@ -239,7 +243,7 @@ def predict_samples(
     for index in indices:
         image, label = images.read(index, with_label=True)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             prediction = predict(network.eval(), pixels, recipe.eval, recipe.data.crop)
         found.append((np.asarray(image), label, prediction[0].cpu().numpy()))
     return found

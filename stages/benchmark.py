@@ -27,6 +27,7 @@ def main() -> None:
     flags.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
     )
+    flags.add_argument("--compile", action="store_true", help="step: ours through torch.compile")
     flags.add_argument("--repetitions", type=int, default=7, help="rounds that count; medians are printed")
     flags.add_argument("--size", type=int, nargs="+", help="sides of the image, pixels; left out, the recipe's crop")
     args = flags.parse_args()
@@ -37,7 +38,9 @@ def main() -> None:
     if args.suite == "step":
         teachers = {name: section for name, section in networks.items() if name != "student"}
         accelerator = cli.start(recipe)
-        rows = step.suite(recipe, teachers, args.batch, args.precision, args.repetitions, accelerator.device)
+        rows = step.suite(
+            recipe, teachers, args.batch, args.precision, args.repetitions, accelerator.device, args.compile
+        )
         cli.print_rows(rows, args.json)
         where = device_name(accelerator.device)
         print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")

@@ -210,3 +210,20 @@ def test_a_run_that_is_not_finished_cannot_be_evaluated(write_recipe):
     (recipe.run_dir / "recipe.toml").write_text(recipe.to_toml())
     with pytest.raises(UserError, match="a run that is not finished; its command goes on with it"):
         load_segmenter(recipe.run_dir)
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(write_recipe, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="compile = true needs a C\\+\\+ compiler on a CPU, and there is no no-such"):
+        run_recipe(load(write_recipe(run={"compile": True})), Accelerator())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(write_recipe, tmp_path):
+    for compiled in (False, True):
+        run_recipe(load(write_recipe(run={"compile": compiled, "name": f"c{compiled}"})), Accelerator())
+    plain, ours = (
+        [json.loads(line).get("loss") for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("cFalse", "cTrue")
+    )
+    assert plain[:3] == pytest.approx(ours[:3], rel=1e-3)

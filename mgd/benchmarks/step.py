@@ -29,6 +29,7 @@ def suite(
     precisions: Sequence[str],
     repetitions: int,
     device: torch.device,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Measure the step of an MGD recipe.
 
@@ -39,6 +40,7 @@ def suite(
         precisions: of our step, fp32 or bf16; the reference is fp32.
         repetitions: rounds that count.
         device: where to run.
+        compiled: our networks go through torch.compile.
 
     Returns:
         Rows `name, reference, ours, ratio`: seconds a step, and MiB of its peak memory.
@@ -55,6 +57,8 @@ def suite(
     }
     plain_student, plain_teachers = _nchw(student), {name: _nchw(teacher) for name, teacher in frozen.items()}
     batch = random_batch(batch_size, recipe.data.crop, len(classes), device)
+    for network in [student, *frozen.values()] if compiled else ():
+        network.compile(dynamic=False)
 
     steps = {"reference": (lambda: reference_step(plain_student, plain_teachers, recipe.method, batch), "fp32")}
     for remix, title in (("images", "exact"), ("predictions", "remix")):

@@ -8,6 +8,8 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional
 
+from mgd.losses.supervised import cross_entropies
+
 
 def pixel_level(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Tensor:
     """L_P, eq. 2: cross-entropy against each teacher's argmax, summed over the teachers.
@@ -21,7 +23,7 @@ def pixel_level(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Ten
         Scalar, mean over pixels.
     """
     labels = [logits if logits.ndim == 3 else logits.argmax(dim=1) for logits in teacher_logits]
-    return sum(functional.cross_entropy(student_logits, label) for label in labels)
+    return cross_entropies(student_logits, labels).sum()
 
 
 def image_level(student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -1,7 +1,11 @@
 """Losses against hard labels."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -16,8 +20,51 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Ten
     Returns:
         Scalar; 0 when no pixel is labelled, so that a batch of nothing but ignore trains nothing.
     """
-    total = functional.cross_entropy(logits, label, ignore_index=ignore_index, reduction="sum")
-    return total / (label != ignore_index).sum().clamp(min=1)
+    return cross_entropies(logits, [label], ignore_index)[0]
+
+
+def cross_entropies(logits: Tensor, labels: Sequence[Tensor], ignore_index: int = 255) -> Tensor:
+    """Mean cross-entropy of one prediction against each of N label maps.
+
+    Of the logits' size, nothing is kept for the backward pass but the logits, and nothing made there
+    but their gradient, whatever N; a log-softmax for each label map would cost three such tensors each.
+
+    Args:
+        logits: `[B, K, H, W]`.
+        labels: N tensors `[B, H, W]` int64, classes 0..K-1 or `ignore_index`.
+        ignore_index: label of pixels that do not count.
+
+    Returns:
+        `[N]`; 0 where no pixel is labelled.
+    """
+    return _CrossEntropies.apply(logits, torch.stack(list(labels)), ignore_index)
+
+
+class _CrossEntropies(torch.autograd.Function):
+    """-log softmax(z)[y] = logsumexp(z) - z[y]; its gradient is softmax(z) - onehot(y)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        counted = labels != ignore_index
+        counts = counted.sum(dim=(1, 2, 3)).clamp(min=1)
+        index = labels.where(counted, 0)  # `gather` wants a class everywhere
+        normalizer = logits.logsumexp(dim=1)
+        losses = [
+            (normalizer - logits.gather(1, index[n, :, None])[:, 0]).where(counted[n], 0.0).sum() / counts[n]
+            for n in range(len(labels))
+        ]
+        ctx.save_for_backward(logits, normalizer, index, counted, counts)
+        return torch.stack(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, normalizer, index, counted, counts = ctx.saved_tensors
+        weights = (grad / counts)[:, None, None, None] * counted  # [N, B, H, W]
+        result = (logits - normalizer[:, None]).exp_().mul_(weights.sum(dim=0)[:, None])
+        for n in range(len(index)):
+            result.scatter_add_(1, index[n, :, None], -weights[n, :, None].to(result.dtype))
+        return result, None, None
 
 
 def ohem_cross_entropy(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mgd.losses.supervised import cross_entropy
+from mgd.losses.supervised import cross_entropies, cross_entropy
 
 
 def test_hand_worked_value():
@@ -41,3 +41,17 @@ def test_gradient():
     logits = torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     label = torch.tensor([[[0, 255], [2, 1]]])
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, label), logits)
+
+
+def test_several_label_maps_cost_one_gradient_and_agree_with_torch():
+    torch.manual_seed(1)
+    logits = torch.randn(2, 6, 5, 4, dtype=torch.float64, requires_grad=True)
+    labels = [torch.randint(6, (2, 5, 4)) for _ in range(3)]
+    labels[0][:, 1] = 255
+    weights = torch.tensor([1.0, 0.5, 3.0], dtype=torch.float64)
+    ours = cross_entropies(logits, labels)
+    plain = torch.stack([functional.cross_entropy(logits, label, ignore_index=255) for label in labels])
+    assert torch.allclose(ours, plain, rtol=1e-12)
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
+    assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-15)

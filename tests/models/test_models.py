@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -98,6 +99,20 @@ def test_head_against_a_plain_restatement():
     out = model(image)
     assert torch.allclose(out.features, x, atol=1e-5) and torch.allclose(out.logits, logits, atol=1e-5)
     assert out.logits.shape == (2, 3, 48, 64) and out.features.shape == (2, 16, 12, 16)
+
+
+def test_decoder_trains_in_another_layout_with_the_same_gradients():
+    model = build_segmenter(_section(), list("abc"), [(0, 0, 0)] * 3, 0).train()
+    plain = copy.deepcopy(model)
+    for block in plain.head.decoder:
+        block[0].__class__ = nn.Conv2d
+    image = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    for network in (model, plain):
+        logits, features = network(image)
+        (logits.square().mean() + features.mean()).backward()
+    assert model.head.decoder[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6), name
 
 
 def test_heads_start_from_kaiming_normal_fan_in():
