@@ -8,7 +8,7 @@ many, and a resumed run goes on exactly where it stopped.
 import functools
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import datasets
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mgd.data.cutmix import box_masks
-from mgd.data.transforms import LabelDecoder, augment, rescale, to_rgb, to_tensor
+from mgd.data.transforms import LabelDecoder, View, augment, decode, draw_view, rescale, to_rgb, to_tensor
 from mgd.errors import UserError
 from mgd.recipe import DataSection
 
@@ -38,6 +38,8 @@ class Images:
 
     def __init__(self, source: datasets.Dataset, decoder: LabelDecoder, image_scale: float = 1.0) -> None:
         self.ids = list(source["id"])
+        for column in {"image", "label"} & set(source.column_names):
+            source = source.cast_column(column, datasets.Image(decode=False))
         self.labeled = source
         self.unlabeled = source.select_columns(["id", "image"])
         self.decoder, self.image_scale = decoder, image_scale
@@ -46,8 +48,16 @@ class Images:
         """Return the number of images."""
         return len(self.ids)
 
-    def read(self, index: int, with_label: bool) -> tuple[PIL.Image.Image, np.ndarray | None]:
+    def read(
+        self, index: int, with_label: bool, last_row: Callable[[int, int], int] | None = None
+    ) -> tuple[PIL.Image.Image, np.ndarray | None]:
         """Return the RGB image and its `[H, W]` uint8 label (None unless asked for).
+
+        Args:
+            index: which one.
+            with_label: read the mask, too.
+            last_row: given width and height, how many rows from the top are needed, which saves time; the
+                image may be black below, and the label has no more rows. Left out, or with image_scale: all.
 
         Raises:
             UserError: image or mask cannot be decoded, or their sizes differ.
@@ -57,17 +67,21 @@ class Images:
             row = (self.labeled if with_label else self.unlabeled)[index]
             if row["image"] is None or (with_label and row["label"] is None):
                 raise ValueError("the table holds no image or no mask for it")
-            image = to_rgb(row["image"])
+            last_row = last_row if self.image_scale == 1 else None
+            image = to_rgb(decode(row["image"], last_row))
+            mask = decode(row["label"], last_row) if with_label else None
         except UNREADABLE as error:
             raise UserError(f"image {name} cannot be read: {error}") from error
         label = None
-        if with_label:
-            label = self.decoder(row["label"], name)
-            if label.shape != (image.height, image.width):
+        if mask is not None:
+            if mask.size != image.size:
                 raise UserError(
-                    f"mask of {name} is {label.shape[1]}x{label.shape[0]} pixels, its image "
+                    f"mask of {name} is {mask.width}x{mask.height} pixels, its image "
                     f"{image.width}x{image.height}; the two must agree"
                 )
+            if last_row is not None:
+                mask = mask.crop((0, 0, mask.width, last_row(*mask.size)))
+            label = self.decoder(mask, name)
         return rescale(image, label, self.image_scale)
 
 
@@ -106,17 +120,28 @@ class TrainingPairs(Dataset):
     def _read(self, images: Images, stream: int, position: int) -> tuple[str, PIL.Image.Image, np.ndarray | None]:
         passes, place = divmod(position, len(images))
         index = int(_order(self.seed, stream, passes, len(images))[place])
-        return images.ids[index], *images.read(index, with_label=stream == LABELED)
+        return images.ids[index], *images.read(
+            index, stream == LABELED, lambda width, height: self.view(width, height, stream, position).box[3]
+        )
 
     def _augment(
         self, image: PIL.Image.Image, label: np.ndarray | None, stream: int, position: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return augment(image, label, self.section.crop, self.view(*image.size, stream, position))
+
+    def view(self, width: int, height: int, stream: int, position: int) -> View:
+        """Return what the sample at `position` shows of its image of this size; `stream`: LABELED, UNLABELED or MIX."""
         section = self.section
-        return augment(image, label, section.crop, section.scales, section.flip, _rng(self.seed, stream, position))
+        return _view((self.seed, stream, position), (width, height), section.crop, section.scales, section.flip)
 
 
 def _rng(seed: int, stream: int, position: int) -> np.random.Generator:
     return np.random.default_rng((seed, stream, position))
+
+
+@functools.lru_cache(maxsize=8)  # image, mask and augmentation ask for the same one
+def _view(key: tuple[int, int, int], size: tuple[int, int], crop: int, scales: tuple[float, ...], flip: bool) -> View:
+    return draw_view(*size, crop, scales, flip, _rng(*key))
 
 
 @functools.lru_cache(maxsize=8)

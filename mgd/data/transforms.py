@@ -1,10 +1,16 @@
 """Decoding and joint augmentation of an image and its label."""
 
 import dataclasses
+import io
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import torch
+from torch.nn import functional
 
 from mgd.errors import UserError
 
@@ -42,17 +48,20 @@ class LabelDecoder:
         by_color = self.colors and not (self.palette_is_index and mask.mode in ("P", "L"))
         label = self._from_colors(mask, name) if by_color else self._from_indices(mask, name)
         if self.remap:
-            table = np.arange(256)
+            table = np.arange(256, dtype=np.uint8)
             table[[value for value, _ in self.remap]] = [index for _, index in self.remap]
-            known = (label >= 0) & (label < 256)
-            label = np.where(known, table[np.where(known, label, 0)], label)
+            if label.dtype == np.uint8:
+                label = table[label]
+            else:
+                known = (label >= 0) & (label < 256)
+                label = np.where(known, table[np.where(known, label, 0)], label)
         wrong = ((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)
         if wrong.any():
             raise UserError(
                 f"mask of {name}: value {label[wrong][0]} is no class; the data set has "
                 f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore"
             )
-        return label.astype(np.uint8)
+        return label.astype(np.uint8, copy=False)
 
     def encode(self, classes: np.ndarray) -> np.ndarray:
         """Return the mask values of predicted classes, the inverse of `remap` (Cityscapes: labelIds).
@@ -71,13 +80,13 @@ class LabelDecoder:
             channels = np.asarray(mask.convert("RGB"))
             if (channels != channels[..., :1]).any():
                 raise UserError(f"mask of {name} is a colour image; give [data] colors, one [r, g, b] a class")
-            return channels[..., 0].astype(np.int64)
+            return channels[..., 0]
         if mask.mode in ("LA", "PA"):
             mask = mask.getchannel(0)
         values = np.asarray(mask)
         if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.floor(values))).all():
             raise UserError(f"mask of {name} holds fractions; masks are class indices 0, 1, 2, ... and 255 for ignore")
-        return values.astype(np.int64)
+        return values if values.dtype == np.uint8 else values.astype(np.int64)  # 8 bits, as nearly all, are left alone
 
     def _from_colors(self, mask: PIL.Image.Image, name: str) -> np.ndarray:
         rgb = np.asarray(mask.convert("RGB")).astype(np.int64)
@@ -96,8 +105,34 @@ class LabelDecoder:
         return label
 
 
+def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) -> PIL.Image.Image:
+    """Open and decode an image file as `datasets.Image` does: upright, as its EXIF says.
+
+    Args:
+        value: `bytes` of the file, or else its `path`.
+        last_row: given width and height, how many rows from the top are needed. Of a PNG the others are then not
+            read, nor is it noticed that they are damaged; they are black. Left out: all rows.
+
+    Raises:
+        OSError, SyntaxError, ValueError: what PIL raises on what it cannot read.
+    """
+    image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+    # Interlaced rows are not in order; of deep pixels (I, F) `to_rgb` takes the maximum over all.
+    ordered = image.format == "PNG" and len(image.tile) == 1 and not image.info.get("interlace")
+    shortened = last_row is not None and ordered and not image.mode.startswith(("I", "F"))
+    if shortened:
+        extents = (0, 0, image.width, last_row(*image.size))
+        image.tile = [image.tile[0]._replace(extents=extents)]
+    image.load()
+    if image.getexif().get(PIL.ExifTags.Base.Orientation) is None:
+        return image
+    return decode(value) if shortened else PIL.ImageOps.exif_transpose(image)  # what is turned is read as a whole
+
+
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return an 8-bit RGB image: 16-bit grey is scaled, transparency is laid on white."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image).astype(np.float64)
         if not np.isfinite(values).all():
@@ -126,58 +161,96 @@ def rescale(
     return image.resize(size, PIL.Image.Resampling.BILINEAR), label
 
 
-def augment(
-    image: PIL.Image.Image,
-    label: np.ndarray | None,
-    crop: int,
-    scales: tuple[float, ...],
-    flip: bool,
-    rng: np.random.Generator,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale, crop, pad and flip an image and its label together.
+class View(NamedTuple):
+    """What a crop shows of an image. Whatever else is cut with the same view stays aligned with the image."""
 
-    Only the pixels that the crop keeps are resized. An image smaller than the crop is centred on
-    the mean colour, its label on 255.
+    box: tuple[int, int, int, int]
+    """Left, top, right, bottom of what is shown, pixels of the image."""
+    size: tuple[int, int]
+    """Width and height that the box is resized to."""
+    offset: tuple[int, int]
+    """Left and top of the resized box in the crop; the rest of the crop is padding."""
+    mirrored: bool
+    """The crop is then flipped left to right."""
+
+
+def draw_view(
+    width: int, height: int, crop: int, scales: tuple[float, ...], flip: bool, rng: np.random.Generator
+) -> View:
+    """Draw a scale, a place and a flip for an image of this size.
 
     Args:
-        image: RGB.
-        label: `[H, W]` uint8, or None.
+        width: of the image, pixels.
+        height: of the image, pixels.
         crop: side of the result, pixels.
         scales: factors to choose from.
         flip: mirror half of the images.
         rng: the only source of randomness.
+    """
+    factor = scales[int(rng.integers(len(scales)))]
+    wanted = max(1, round(crop / factor))
+    corner, side, size = [], [], []
+    for length in (width, height):
+        side.append(min(length, wanted))
+        corner.append(int(rng.integers(length - side[-1] + 1)))
+        size.append(crop if length >= wanted else min(crop, max(1, round(length * factor))))
+    box = (corner[0], corner[1], corner[0] + side[0], corner[1] + side[1])
+    offset = ((crop - size[0]) // 2, (crop - size[1]) // 2)
+    return View(box, (size[0], size[1]), offset, bool(flip and rng.random() < 0.5))
+
+
+def augment(
+    image: PIL.Image.Image, label: np.ndarray | None, crop: int, view: View
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cut a view from an image (bilinear) and its label (nearest).
+
+    Only the box is touched. Padding is the mean colour in the image, 255 in the label.
+
+    Args:
+        image: RGB.
+        label: `[H, W]` uint8, or None; rows below the box may be missing.
+        crop: side of the result, pixels.
+        view: what to cut, drawn for this image and crop.
 
     Returns:
         image `[3, crop, crop]` uint8 and label `[crop, crop]` int64 (or None).
     """
-    factor = scales[int(rng.integers(len(scales)))]
-    full = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    size = (min(crop, full[0]), min(crop, full[1]))
-    corner = [int(rng.integers(full[axis] - size[axis] + 1)) for axis in (0, 1)]
-    ratio = (image.width / full[0], image.height / full[1])
-    box = (
-        corner[0] * ratio[0],
-        corner[1] * ratio[1],
-        min((corner[0] + size[0]) * ratio[0], image.width),
-        min((corner[1] + size[1]) * ratio[1], image.height),
-    )
-    offset = ((crop - size[0]) // 2, (crop - size[1]) // 2)
-    mirrored = flip and rng.random() < 0.5
-    canvas = PIL.Image.new("RGB", (crop, crop), MEAN_COLOR)
-    canvas.paste(image.resize(size, PIL.Image.Resampling.BILINEAR, box=box), offset)
-    pixels = to_tensor(canvas)
+    pixels = _pad(_resized(image.crop(view.box), view.size), crop, view, torch.tensor(MEAN_COLOR).view(3, 1, 1))
     target = None
     if label is not None:
-        scaled = PIL.Image.fromarray(label).resize(size, PIL.Image.Resampling.NEAREST, box=box)
-        canvas = PIL.Image.new("L", (crop, crop), IGNORE_INDEX)
-        canvas.paste(scaled, offset)
-        target = torch.from_numpy(np.array(canvas)).long()
-    if mirrored:
+        columns, rows = (_nearest(*view.box[axis::2], view.size[axis]) for axis in (0, 1))
+        target = _pad(torch.from_numpy(label[rows][:, columns].astype(np.int64)), crop, view, IGNORE_INDEX)
+    if view.mirrored:
         pixels = pixels.flip(-1)
         target = None if target is None else target.flip(-1)
     return pixels, target
 
 
+def _resized(image: PIL.Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """Return an RGB image as `[3, H, W]` uint8 of another size: PIL's bilinear, at half of its time."""
+    if image.size == size:
+        return to_tensor(image)
+    # Channels last as they come: torch reads that in place, has a kernel for bytes, and answers channel by channel.
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return functional.interpolate(pixels, size[::-1], mode="bilinear", antialias=True)[0].contiguous()
+
+
+def _nearest(first: int, last: int, size: int) -> np.ndarray:
+    """Return the pixel of `first`..`last - 1` under the centre of each of `size` pixels, in whole numbers."""
+    return first + (2 * np.arange(size) + 1) * (last - first) // (2 * size)
+
+
+def _pad(values: torch.Tensor, crop: int, view: View, padding: torch.Tensor | int) -> torch.Tensor:
+    """Lay `[..., H, W]` on `[..., crop, crop]` of `padding`, where the view has it."""
+    if view.size == (crop, crop):
+        return values
+    (left, top), (width, height) = view.offset, view.size
+    canvas = values.new_empty(*values.shape[:-2], crop, crop)
+    canvas[:] = padding
+    canvas[..., top : top + height, left : left + width] = values
+    return canvas
+
+
 def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
     """Return an RGB image as `[3, H, W]` uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))

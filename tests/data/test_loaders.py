@@ -1,8 +1,13 @@
+import io
+
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from mgd.data.datasets import Shapes
+from mgd.data.datasets import Shapes, table
 from mgd.data.loaders import Images, StepSampler, TrainingPairs, evaluation_loader, per_process, training_loader
+from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError
 
 
@@ -61,6 +66,22 @@ def test_each_pass_sees_every_image_once_in_a_new_order(pairs):
 def test_two_processes_see_what_one_sees(pairs):
     for one, two in zip(_run(pairs, 0, 5), _run(pairs, 0, 5, world_size=2), strict=True):
         assert _equal(one, two)
+
+
+def test_rows_that_no_crop_shows_are_not_looked_at(section):
+    """Black, as undecoded rows are, is no colour of this mask."""
+    values = np.random.default_rng(0).integers(0, 2, (90, 40))
+    files = []
+    for colors in ([[9, 9, 9], [200, 0, 0]], [[1, 2, 3], [200, 100, 50]]):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(np.array(colors, np.uint8)[values]).save(buffer, "PNG")
+        files.append([{"bytes": buffer.getvalue(), "path": None}])
+    decoder = LabelDecoder(2, colors=((1, 2, 3), (200, 100, 50)))
+    images = Images(table(["a"], *files), decoder)
+    pairs = TrainingPairs(images, None, section.model_copy(update={"scales": (1.0,)}), seed=0)
+    for position in range(20):
+        sample = pairs[position]
+        assert torch.equal(sample["label"], (sample["image"][0] == 200).long())
 
 
 def test_a_later_start_continues_exactly(pairs):

@@ -1,9 +1,14 @@
+import io
+import struct
+import zlib
+
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from mgd.data.transforms import MEAN_COLOR, LabelDecoder, augment, rescale, to_rgb
+from mgd.data.transforms import MEAN_COLOR, LabelDecoder, View, augment, decode, draw_view, rescale, to_rgb
 from mgd.errors import UserError
 
 
@@ -14,11 +19,24 @@ def _coded(width, height):
     return PIL.Image.fromarray(image), label
 
 
-@pytest.mark.parametrize("size", [(64, 64), (100, 50), (33, 90)])
+def _noise(width, height):
+    rng = np.random.default_rng(width)
+    label = rng.integers(0, 5, (height, width)).astype(np.uint8)
+    return PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3)).astype(np.uint8)), label
+
+
+def _drawn(image, crop, scales, flip, seed):
+    return draw_view(*image.size, crop, scales, flip, np.random.default_rng(seed))
+
+
+SIZES = [(64, 64), (100, 50), (33, 90), (1, 1), (7, 300)]
+
+
+@pytest.mark.parametrize("size", SIZES[:3])
 def test_image_and_label_move_together(size):
     image, label = _coded(*size)
     for seed in range(12):
-        pixels, target = augment(image, label, 48, (0.5, 1.0, 1.5), True, np.random.default_rng(seed))
+        pixels, target = augment(image, label, 48, _drawn(image, 48, (0.5, 1.0, 1.5), True, seed))
         assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.uint8
         assert target.shape == (48, 48) and target.dtype == torch.int64
         padded = target == 255
@@ -27,29 +45,121 @@ def test_image_and_label_move_together(size):
         assert agree.float().mean() > 0.9  # all but the interpolated edges
 
 
-def test_without_scaling_a_crop_is_an_exact_cut():
-    image, label = _coded(80, 70)
-    pixels, target = augment(image, label, 48, (1.0,), False, np.random.default_rng(3))
-    assert torch.equal(pixels[0].long(), target * 40)
-    assert set(target.unique().tolist()) <= set(range(5))
+@pytest.mark.parametrize("size", SIZES)
+def test_against_pil_and_plain_indexing(size):
+    image, label = _noise(*size)
+    for seed in range(40):
+        view = _drawn(image, 48, (0.3, 0.5, 0.75, 1.0, 1.75, 2.0, 8.0), True, seed)
+        (left, top, right, bottom), (width, height) = view.box, view.size
+        pixels, target = augment(image, label, 48, view)
+        expected = np.empty((48, 48, 3), np.uint8)
+        expected[:] = MEAN_COLOR
+        inside = (slice(view.offset[1], view.offset[1] + height), slice(view.offset[0], view.offset[0] + width))
+        expected[inside] = image.crop(view.box).resize(view.size, PIL.Image.Resampling.BILINEAR)
+        wanted = np.full((48, 48), 255)
+        for y in range(height):  # the pixel under the centre of each
+            for x in range(width):
+                row, column = int((y + 0.5) * (bottom - top) / height), int((x + 0.5) * (right - left) / width)
+                wanted[inside][y, x] = label[top + row, left + column]
+        if view.mirrored:
+            expected, wanted = expected[:, ::-1], wanted[:, ::-1]
+        assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 2
+        assert (target.numpy() == wanted).all()
 
 
-def test_flip_happens_half_of_the_time():
-    image, label = _coded(32, 32)
-    flips = [
-        not torch.equal(
-            augment(image, label, 32, (1.0,), True, np.random.default_rng(s))[1], torch.tensor(label).long()
-        )
-        for s in range(200)
-    ]
-    assert 70 < sum(flips) < 130
+@pytest.mark.parametrize("size", SIZES)
+def test_views_lie_in_the_image_and_in_the_crop(size):
+    image, _ = _noise(*size)
+    mirrored, corners = [], set()
+    for seed in range(300):
+        view = _drawn(image, 48, (0.01, 0.5, 1.0, 8.0), True, seed)
+        assert view == _drawn(image, 48, (0.01, 0.5, 1.0, 8.0), True, seed)
+        assert not _drawn(image, 48, (0.5,), False, seed).mirrored
+        mirrored.append(view.mirrored)
+        corners.add(view.box[:2])
+        for axis in (0, 1):
+            first, last = view.box[axis::2]
+            assert 0 <= first < last <= size[axis]
+            assert 0 <= view.offset[axis] and 1 <= view.size[axis] <= 48 - view.offset[axis]
+            assert abs(2 * view.offset[axis] + view.size[axis] - 48) <= 1
+    assert 100 < sum(mirrored) < 200
+    assert len(corners) > 50 or min(size) < 50
+
+
+def test_corners_are_drawn_evenly():
+    counts = np.zeros(33)
+    for seed in range(3300):
+        counts[draw_view(80, 48, 48, (1.0,), True, np.random.default_rng(seed)).box[0]] += 1
+    assert 60 < counts.min() and counts.max() < 140
+
+
+def test_without_scaling_a_view_is_an_exact_cut():
+    image, label = _noise(80, 70)
+    view = _drawn(image, 48, (1.0,), False, 3)
+    pixels, target = augment(image, label, 48, view)
+    left, top, right, bottom = view.box
+    assert (right - left, bottom - top) == view.size == (48, 48)
+    assert (pixels.permute(1, 2, 0).numpy() == np.asarray(image)[top:bottom, left:right]).all()
+    assert (target.numpy() == label[top:bottom, left:right]).all()
+    whole = View((0, 0, 70, 70), (70, 70), (0, 0), True)
+    mirrored, turned = augment(image, label, 70, whole)
+    assert (mirrored.permute(1, 2, 0).numpy() == np.asarray(image)[:, 69::-1]).all()
+    assert (turned.numpy() == label[:, 69::-1]).all()
 
 
 def test_unlabelled_image_gets_the_same_pixels():
-    image, label = _coded(60, 60)
-    with_label = augment(image, label, 32, (0.5, 1.0), True, np.random.default_rng(1))[0]
-    without = augment(image, None, 32, (0.5, 1.0), True, np.random.default_rng(1))
-    assert torch.equal(with_label, without[0]) and without[1] is None
+    image, label = _noise(60, 60)
+    view = _drawn(image, 32, (0.5,), True, 1)
+    without = augment(image, None, 32, view)
+    assert torch.equal(augment(image, label, 32, view)[0], without[0]) and without[1] is None
+
+
+def _file(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*(("PNG", mode) for mode in ("RGB", "L", "P", "I;16", "1", "LA")), ("JPEG", "RGB"), ("WEBP", "RGB")],
+)
+def test_rows_that_are_needed_are_decoded_as_ever(kind, mode):
+    image, label = _noise(40, 30)
+    if mode == "I;16":
+        image = PIL.Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50)
+    elif mode != "RGB":
+        image = image.convert(mode)
+    value = _file(image, kind)
+    whole = to_rgb(datasets.Image().decode_example(value))
+    for rows in (1, 12, 30):
+        top = to_rgb(decode(value, lambda width, height, rows=rows: rows))
+        assert top.size == (40, 30)
+        assert (np.asarray(top)[:rows] == np.asarray(whole)[:rows]).all()
+    if kind == "PNG" and mode == "RGB":  # the saving
+        assert not np.asarray(decode(value, lambda width, height: 12))[12:].any()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_turned_image_is_decoded_upright_and_whole(kind):
+    image, _ = _noise(40, 30)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    value = _file(image, kind, exif=exif)
+    upright = datasets.Image().decode_example(value)
+    found = decode(value, lambda width, height: 5)
+    assert found.size == upright.size == (30, 40) and (np.asarray(found) == np.asarray(upright)).all()
+
+
+def test_an_interlaced_png_is_decoded_as_a_whole():
+    values = np.random.default_rng(0).integers(0, 256, (16, 16)).astype(np.uint8)
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    rows = b"".join(b"\0" + values[y, x::dx].tobytes() for x, top, dx, dy in passes for y in range(top, 16, dy))
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 16, 16, 8, 0, 0, 0, 1), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks.items():
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    assert (np.asarray(decode({"bytes": png, "path": None}, lambda width, height: 4)) == values).all()
 
 
 def test_rescale():
