@@ -12,7 +12,7 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.benchmarks import evaluation, step  # noqa: E402
+from mgd.benchmarks import data, evaluation, step  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
 from mgd.models.segmenter import model_section  # noqa: E402
 from mgd.recipe import load  # noqa: E402
@@ -22,7 +22,9 @@ from mgd.runs import device_name  # noqa: E402
 def main() -> None:
     """Count the student of a recipe and the teachers that it names by recipe."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
-    flags.add_argument("--suite", choices=("costs", "step", "eval"), default="costs", help="what is measured (costs)")
+    flags.add_argument(
+        "--suite", choices=("costs", "step", "eval", "data"), default="costs", help="what is measured (costs)"
+    )
     flags.add_argument("--batch", type=int, default=2, help="step: labelled images, at least 2")
     flags.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
@@ -49,6 +51,16 @@ def main() -> None:
         rows = evaluation.suite(len(recipe.data.class_names()), num_images=20, repetitions=args.repetitions)
         cli.print_rows(rows, args.json)
         print(f"medians of {args.repetitions} rounds in turns; identical IoU a class; ratio: reference / ours")
+        return
+    if args.suite == "data":
+        rows = data.suite(recipe.data, num_images=4, repetitions=args.repetitions)
+        cli.print_rows(rows, args.json)
+        print(f"one core; medians of {args.repetitions} rounds in turns; ratio: reference / ours")
+        for row in rows:
+            speed = 1000 / row["ours"]
+            # A labelled image comes with two unlabelled ones, whose masks are not read.
+            need = f"a GPU that trains N labelled images/s needs 3 N / {speed:.0f} workers"
+            print(f"{row['name'].partition(',')[0]}: {speed:.0f} images/s a core; {need}")
         return
     num_classes = len(recipe.data.class_names())
     rows = []
