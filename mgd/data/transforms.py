@@ -55,7 +55,10 @@ class LabelDecoder:
             else:
                 known = (label >= 0) & (label < 256)
                 label = np.where(known, table[np.where(known, label, 0)], label)
-        wrong = ((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)
+        if label.dtype == np.uint8:
+            wrong = label + np.uint8(1) > self.num_classes  # 255, to be ignored, becomes 0
+        else:
+            wrong = ((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)
         if wrong.any():
             raise UserError(
                 f"mask of {name}: value {label[wrong][0]} is no class; the data set has "
@@ -187,16 +190,17 @@ def draw_view(
         flip: mirror half of the images.
         rng: the only source of randomness.
     """
-    factor = scales[int(rng.integers(len(scales)))]
+    choice, *places, turn = rng.random(4).tolist()  # in one call: each of its own takes long when caches are cold
+    factor = scales[int(choice * len(scales))]
     wanted = max(1, round(crop / factor))
     corner, side, size = [], [], []
-    for length in (width, height):
+    for length, place in zip((width, height), places, strict=True):
         side.append(min(length, wanted))
-        corner.append(int(rng.integers(length - side[-1] + 1)))
+        corner.append(int(place * (length - side[-1] + 1)))
         size.append(crop if length >= wanted else min(crop, max(1, round(length * factor))))
     box = (corner[0], corner[1], corner[0] + side[0], corner[1] + side[1])
     offset = ((crop - size[0]) // 2, (crop - size[1]) // 2)
-    return View(box, (size[0], size[1]), offset, bool(flip and rng.random() < 0.5))
+    return View(box, (size[0], size[1]), offset, flip and turn < 0.5)
 
 
 def augment(
@@ -219,11 +223,11 @@ def augment(
     target = None
     if label is not None:
         columns, rows = (_nearest(*view.box[axis::2], view.size[axis]) for axis in (0, 1))
-        target = _pad(torch.from_numpy(label[rows][:, columns].astype(np.int64)), crop, view, IGNORE_INDEX)
+        target = _pad(torch.from_numpy(label[rows][:, columns]), crop, view, IGNORE_INDEX)
     if view.mirrored:
         pixels = pixels.flip(-1)
         target = None if target is None else target.flip(-1)
-    return pixels, target
+    return pixels, None if target is None else target.long()
 
 
 def _resized(image: PIL.Image.Image, size: tuple[int, int]) -> torch.Tensor:

@@ -200,6 +200,13 @@ def test_label_decoder_reads_indices_palettes_and_colours():
     assert LabelDecoder(11, remap=((11, 255),))(PIL.Image.new("L", (1, 1), 11), "a").tolist() == [[255]]
 
 
+def test_label_decoder_with_as_many_classes_as_fit():
+    values = np.array([[0, 253, 254, 255]], np.uint8)
+    assert (LabelDecoder(255)(PIL.Image.fromarray(values), "a") == values).all()
+    with pytest.raises(UserError, match="value 254 is no class"):
+        LabelDecoder(254)(PIL.Image.fromarray(values), "a")
+
+
 def test_label_decoder_names_what_is_wrong():
     with pytest.raises(UserError, match="mask of street/7: value 9 is no class; the data set has 3 classes"):
         LabelDecoder(3)(PIL.Image.new("L", (2, 2), 9), "street/7")
