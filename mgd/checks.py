@@ -65,6 +65,8 @@ def check_recipe(
         raise UserError(f"[run] compile = true needs a C++ compiler on a CPU, and there is no {compiler}; leave it out")
     for name, teacher in (teachers or {}).items():
         check_classes(load_splits(recipe.data), teacher, f"[teachers.{name}]")
+    if recipe.cache and recipe.data.unlabeled and recipe.data.unlabeled.streaming:
+        raise UserError('[teachers] mode = "cached" needs images that come again; a stream needs mode = "online"')
     splits, partition, size = check_data(recipe, accelerator)
     whole = size if recipe.eval.mode == "whole" else None
     images = local_batch * METHODS.get(recipe.method.name).forwards_per_label

@@ -15,11 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from mgd.cache import cached_targets
 from mgd.checks import check_recipe, rows_of
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
+from mgd.data.targets import CachedTargets
 from mgd.files import write_json, write_text
 from mgd.inference import count_confusion, predict
 from mgd.metrics import Scores, scores
@@ -75,12 +77,18 @@ def _run(
     seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
         networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed) for seed in seeds]
-    frozen = {name: teacher.to(accelerator.device) for name, teacher in (teachers or {}).items()}
+    targets = (
+        cached_targets(recipe, accelerator, teachers, training_images(recipe, splits, partition))
+        if recipe.cache
+        else None
+    )
+    online = {} if targets else teachers or {}
+    frozen = {name: teacher.to(accelerator.device) for name, teacher in online.items()}
     method = method_class(recipe.method, networks, frozen)
     if recipe.run.compile:
         for network in [*networks, *frozen.values()]:
             network.compile(dynamic=False)  # a crop and a batch are always of one size
-    pairs = _training_pairs(recipe, splits, partition, method_class.uses_unlabeled)
+    pairs = training_pairs(recipe, splits, partition, targets)
     pool = Pool(recipe.data.unlabeled) if partition.streamed and method_class.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)
     num_steps = total_steps(recipe.optim, len(partition.labeled), partition.num_unlabeled)
@@ -191,15 +199,26 @@ def evaluate_network(
     return scores(accelerator.reduce(confusion, reduction="sum"))
 
 
-def _training_pairs(recipe: Recipe, splits: Splits, partition: Split, uses_unlabeled: bool) -> TrainingPairs:
-    scale = recipe.data.image_scale
-    labeled = Images(rows_of(splits.labeled, partition.labeled), splits.decoder, scale)
-    if not uses_unlabeled or partition.streamed:
+def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:
+    """Return all images of a partition, labelled or not, without their masks."""
+    return _without_masks(recipe, splits, partition.labeled + partition.unlabeled)
+
+
+def training_pairs(
+    recipe: Recipe, splits: Splits, partition: Split, targets: CachedTargets | None = None
+) -> TrainingPairs:
+    """Return the samples of a run, but for a stream's images; `targets`: of cached teachers."""
+    labeled = Images(rows_of(splits.labeled, partition.labeled), splits.decoder, recipe.data.image_scale)
+    if not METHODS.get(recipe.method.name).uses_unlabeled or partition.streamed:
         return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)
     # With no image left unlabelled, the labelled ones serve as the pool, their masks unseen.
-    pool = partition.unlabeled or partition.labeled
+    pool = _without_masks(recipe, splits, partition.unlabeled or partition.labeled)
+    return TrainingPairs(labeled, pool, recipe.data, recipe.run.seed, targets)
+
+
+def _without_masks(recipe: Recipe, splits: Splits, ids: tuple[str, ...]) -> Images:
     source = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
-    return TrainingPairs(labeled, Images(rows_of(source, pool), splits.decoder, scale), recipe.data, recipe.run.seed)
+    return Images(rows_of(source, ids), splits.decoder, recipe.data.image_scale)
 
 
 def _finish(

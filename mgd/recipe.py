@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from mgd.errors import UserError, did_you_mean, pydantic_lines
 from mgd.registry import DATASETS, HEADS, METHODS
+from mgd.tables import as_lists, as_tuples, override
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -184,6 +185,19 @@ class Teacher(Section):
         return self
 
 
+class TeacherCache(Section):
+    """`[cache]`: the predictions that [teachers] mode = "cached" learns from; stages/cache_teachers.py makes them."""
+
+    folder: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._{}-]*$")] = "teacher_cache-s{seed}"
+    """Folder of the cache below [run] output; `{seed}` in it stands for the seed."""
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    """Sizes at which the teachers see an image; of several, the mean of what they predict counts."""
+    flip: bool = False
+    """Let them see the mirrored image too."""
+    cell: Annotated[int, Field(ge=4, le=256)] = 16
+    """Pixels a side over which logits and features are averaged: smaller is closer to online, and larger on disk."""
+
+
 class Optim(Section):
     """`[optim]`: optimiser, schedule, batch and length."""
 
@@ -259,12 +273,19 @@ class Recipe:
     optim: Optim
     eval: Eval = Eval()
     teachers: Mapping[str, Teacher] = dataclasses.field(default_factory=dict)
+    cache: TeacherCache | None = None
+    """Of [teachers] mode = "cached" only."""
     reference: Reference | None = None
 
     @property
     def run_dir(self) -> Path:
         """Folder of this run, with the seed filled in."""
         return Path(self.run.output) / self.run.name.replace("{seed}", str(self.run.seed))
+
+    @property
+    def cache_dir(self) -> Path:
+        """Folder of the cached teachers, with the seed filled in."""
+        return Path(self.run.output) / self.cache.folder.replace("{seed}", str(self.run.seed))
 
     @property
     def partition_seed(self) -> int:
@@ -286,9 +307,11 @@ class Recipe:
         tables["partition"]["seed"] = self.partition_seed
         teachers = {name: teacher.model_dump(exclude_none=True) for name, teacher in self.teachers.items()}
         more = {"teachers": teachers} if teachers else {}
+        if self.cache:
+            more = {"teachers": {"mode": "cached"} | teachers, "cache": self.cache.model_dump()}
         if self.reference:
             more["reference"] = self.reference.model_dump()
-        return _lists(tables | more)
+        return as_lists(tables | more)
 
     def to_toml(self) -> str:
         """Return the resolved recipe as TOML text."""
@@ -346,9 +369,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a NUL in the path, a huge integer
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    for override in overrides:
-        _override(raw, override)
-    if not all(override.startswith(_KEEP_REFERENCE) for override in overrides):
+    for text in overrides:
+        override(raw, text)
+    if not all(text.startswith(_KEEP_REFERENCE) for text in overrides):
         raw.pop("reference", None)
     return parse(raw, source=str(path), overrides=tuple(overrides))
 
@@ -356,7 +379,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """Check the tables of a recipe; see `load` for the errors. `source` names it in messages."""
     errors: list[str] = []
-    known = (*_SECTIONS, "teachers", "reference")
+    known = (*_SECTIONS, "teachers", "cache", "reference")
     for name in sorted(raw.keys() - set(known)):
         errors.append(f"[{name}]: unknown section; {did_you_mean(name, known)}")
     sections: dict[str, Any] = {}
@@ -364,23 +387,37 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
         model = _section_model(name, raw.get(name), errors)
         if model is not None:
             sections[name] = _validate(model, raw.get(name, {}), name, errors)
-    teachers = raw.get("teachers", {})
-    if isinstance(teachers, Mapping):
-        sections["teachers"] = {
-            name: _validate(Teacher, table, f"teachers.{name}", errors) for name, table in teachers.items()
-        }
-    else:
-        errors.append(f"[teachers]: must hold tables such as [teachers.deep], not {teachers!r}")
+    sections["teachers"], cached = _teachers(raw.get("teachers", {}), errors)
+    cache = _validate(TeacherCache, raw.get("cache", {}), "cache", errors)
+    if cached:
+        sections["cache"] = cache
     if "reference" in raw:
         sections["reference"] = _validate(Reference, raw["reference"], "reference", errors)
     if not errors:
+        method = METHODS.get(sections["method"].name)
         try:
-            METHODS.get(sections["method"].name).check(sections["method"], tuple(sections["teachers"]))
+            method.check(sections["method"], tuple(sections["teachers"]))
+            if cached:
+                method.cached_kinds(sections["method"])
         except UserError as error:
             errors.append(f"[method] {error}")
     if errors:
         raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
     return Recipe(source=source, overrides=overrides, **sections)
+
+
+def _teachers(tables: Any, errors: list[str]) -> tuple[dict[str, Section | None], bool]:
+    """Check `[teachers]`; return its tables by name, and whether they are cached."""
+    if not isinstance(tables, Mapping):
+        errors.append(f"[teachers]: must hold tables such as [teachers.deep], not {tables!r}")
+        return {}, False
+    mode = tables.get("mode", "online")
+    if mode not in ("online", "cached"):
+        errors.append(f'[teachers] mode: {mode!r}; choices: "online", "cached" (no teacher can be named mode)')
+    found = {
+        name: _validate(Teacher, table, f"teachers.{name}", errors) for name, table in tables.items() if name != "mode"
+    }
+    return found, mode == "cached"
 
 
 def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
@@ -437,28 +474,10 @@ def _validate(model: type[Section], table: Any, where: str, errors: list[str]) -
         errors.append(f"[{where}]: must be a table, not {table!r}")
         return None
     try:
-        return model.model_validate(_tuples(table))
+        return model.model_validate(as_tuples(table))
     except ValidationError as error:
         errors.extend(pydantic_lines(error, model, where))
         return None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    parts = [part.strip() for part in key.split(".")]
-    if not equals or not 2 <= len(parts) <= 8 or not all(parts):
-        raise UserError(f"--set {override}: expected section.key=value, e.g. --set optim.lr=0.01")
-    try:
-        parsed = tomllib.loads(f"value = {text.strip()}")
-        value = parsed["value"] if len(parsed) == 1 else text
-    except (ValueError, RecursionError):
-        value = text
-    table = raw
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise UserError(f"--set {override}: {part} is a value, not a table")
-    table[parts[-1]] = value
 
 
 def _similar_files(path: Path) -> str:
@@ -466,45 +485,6 @@ def _similar_files(path: Path) -> str:
         return f"; the folder {path.parent} does not exist"
     names = sorted(file.name for file in path.parent.glob("*.toml"))
     return f"; {did_you_mean(path.name, names)}" if names else ""
-
-
-def _tuples(value: Any) -> Any:
-    """Lists of TOML as tuples, which frozen models hold."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _lists(item) for key, item in value.items()}
-    return [_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def json_schema() -> dict[str, Any]:
-    """Return a JSON Schema of a recipe file, the built-in data sets, heads and methods included."""
-
-    def choice(models: list[type[Section]]) -> Any:
-        union = models[0]
-        for model in models[1:]:
-            union = union | model
-        return union
-
-    heads = choice([HEADS.get(name).Config for name in HEADS.names()])
-    model = create_model(
-        "Recipe",
-        __config__=ConfigDict(extra="forbid"),
-        run=(Run, ...),
-        data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
-        partition=(Partition, ...),
-        student=(create_model("Student", __base__=ModelSection, head=(heads, ...)), ...),
-        method=(choice([METHODS.get(name).Config for name in METHODS.names()]), ...),
-        optim=(Optim, ...),
-        eval=(Eval, Eval()),
-        teachers=(dict[str, Teacher], {}),
-        reference=(Reference | None, None),
-    )
-    return model.model_json_schema()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -517,6 +497,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.schema:
+        from mgd.schema import json_schema
+
         print(json.dumps(json_schema(), indent=2))
     elif not args.recipes:
         parser.error("name a recipe, or --schema")

@@ -27,7 +27,7 @@ except ImportError:  # Windows
 
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
-    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile"),
+    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "cache.folder"),
     *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
     *("reference.miou", "reference.source"),
 }

@@ -9,6 +9,7 @@ import functools
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mgd.data.cutmix import box_masks
+from mgd.data.targets import CachedTargets
 from mgd.data.transforms import LabelDecoder, View, augment, decode, draw_view, rescale, to_rgb, to_tensor
 from mgd.errors import UserError
 from mgd.recipe import DataSection
@@ -47,6 +49,18 @@ class Images:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.ids)
+
+    def encoded(self, index: int) -> bytes:
+        """Return the file of an image as it is.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        row = self.unlabeled[index]["image"]
+        try:
+            return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
+        except OSError as error:
+            raise UserError(f"image {self.ids[index]} cannot be read: {error}") from error
 
     def read(
         self, index: int, with_label: bool, last_row: Callable[[int, int], int] | None = None
@@ -92,11 +106,21 @@ class TrainingPairs(Dataset):
     cycled with reshuffling.
     """
 
-    def __init__(self, labeled: Images, unlabeled: Images | None, section: DataSection, seed: int) -> None:
-        self.labeled, self.unlabeled, self.section, self.seed = labeled, unlabeled, section, seed
+    def __init__(
+        self,
+        labeled: Images,
+        unlabeled: Images | None,
+        section: DataSection,
+        seed: int,
+        targets: CachedTargets | None = None,
+    ) -> None:
+        self.labeled, self.unlabeled, self.section, self.seed, self.targets = labeled, unlabeled, section, seed, targets
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | str]:
-        """Return `image`, `label`, `id` and, with an unlabelled set, `unlabeled`, `mix`, `mask`."""
+        """Return `image`, `label`, `id` and, with an unlabelled set, `unlabeled`, `mix`, `mask`.
+
+        With cached teachers also what they saw in the three: `image/TEACHER/KIND`, `unlabeled/...`, `mix/...`.
+        """
         pair = {}
         if self.unlabeled is not None:
             for key, stream in UNLABELED_STREAMS.items():
@@ -107,15 +131,25 @@ class TrainingPairs(Dataset):
     def sample(self, position: int, pair: Mapping[str, tuple[str, PIL.Image.Image]]) -> dict[str, torch.Tensor | str]:
         """Return a sample with these unlabelled images, `unlabeled` and `mix`: name and RGB image."""
         name, image, label = self._read(self.labeled, LABELED, position)
-        image, label = self._augment(image, label, LABELED, position)
-        sample = {"id": name, "image": image, "label": label}
+        sample = {"id": name, **self._seen("image", name, image, LABELED, position)}
+        sample["image"], sample["label"] = self._augment(image, label, LABELED, position)
         for key, (unlabeled_name, unlabeled) in pair.items():
             sample[f"{key}_id"] = unlabeled_name
+            sample |= self._seen(key, unlabeled_name, unlabeled, UNLABELED_STREAMS[key], position)
             sample[key], _ = self._augment(unlabeled, None, UNLABELED_STREAMS[key], position)
         if pair:
             generator = torch.Generator().manual_seed(int(_rng(self.seed, MASK, position).integers(2**63)))
             sample["mask"] = box_masks(1, (self.section.crop, self.section.crop), generator)[0]
         return sample
+
+    def _seen(self, key: str, name: str, image: PIL.Image.Image, stream: int, position: int) -> dict[str, torch.Tensor]:
+        if self.targets is None:
+            return {}
+        view = self.view(*image.size, stream, position)
+        return {
+            f"{key}/{what}": value
+            for what, value in self.targets.cut(name, image.size, view, self.section.crop).items()
+        }
 
     def _read(self, images: Images, stream: int, position: int) -> tuple[str, PIL.Image.Image, np.ndarray | None]:
         passes, place = divmod(position, len(images))

@@ -220,14 +220,19 @@ def augment(
         image `[3, crop, crop]` uint8 and label `[crop, crop]` int64 (or None).
     """
     pixels = _pad(_resized(image.crop(view.box), view.size), crop, view, torch.tensor(MEAN_COLOR).view(3, 1, 1))
-    target = None
-    if label is not None:
-        columns, rows = (_nearest(*view.box[axis::2], view.size[axis]) for axis in (0, 1))
-        target = _pad(torch.from_numpy(label[rows][:, columns]), crop, view, IGNORE_INDEX)
-    if view.mirrored:
-        pixels = pixels.flip(-1)
-        target = None if target is None else target.flip(-1)
-    return pixels, None if target is None else target.long()
+    target = None if label is None else cut_label(label, crop, view)
+    return pixels.flip(-1) if view.mirrored else pixels, target
+
+
+def cut_label(label: np.ndarray, crop: int, view: View) -> torch.Tensor:
+    """Cut a view from a map of classes (nearest); see `augment`.
+
+    Returns:
+        `[crop, crop]` int64.
+    """
+    columns, rows = (_nearest(*view.box[axis::2], view.size[axis]) for axis in (0, 1))
+    target = _pad(torch.from_numpy(label[rows][:, columns]), crop, view, IGNORE_INDEX)
+    return (target.flip(-1) if view.mirrored else target).long()
 
 
 def _resized(image: PIL.Image.Image, size: tuple[int, int]) -> torch.Tensor:

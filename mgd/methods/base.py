@@ -15,7 +15,8 @@ IGNORE_INDEX = 255
 
 Batch = Mapping[str, Tensor]
 """Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]` int64; with an unlabelled set also
-`unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]` bool."""
+`unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]` bool; with cached
+teachers what they saw in `image`, `unlabeled` and `mix`, as `image/TEACHER/KIND` (mgd/data/targets.py)."""
 
 
 class OHEM(Section):
@@ -77,6 +78,15 @@ class Method:
             raise UserError(f"name = {config.name!r} needs at least one [teachers.<name>]")
         if teachers and not cls.needs_teachers:
             raise UserError(f"name = {config.name!r} has no teachers; remove [teachers]")
+
+    @classmethod
+    def cached_kinds(cls, config: MethodSection) -> dict[str, tuple[str, ...]]:
+        """Which kinds of cached predictions the losses need of each teacher; see mgd/data/targets.py.
+
+        Raises:
+            UserError: the method needs its teachers online.
+        """
+        raise UserError(f'[method] name = {config.name!r} needs [teachers] mode = "online"')
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the loss of one optimiser step.

@@ -59,7 +59,8 @@ class MGDConfig(MethodSection):
     region: RegionTerm = RegionTerm()
     remix: Literal["images", "predictions"] = "images"
     """What L_I and L_R see of the teachers: the mixed image, in a pass of its own; or the mixture of
-    their predictions and features for the two images, which saves a quarter of their work."""
+    their predictions and features for the two images, which saves a quarter of their work (and is all
+    that cached teachers can do)."""
 
 
 @METHODS.register("mgd")
@@ -80,6 +81,13 @@ class MGD(Method):
             used |= set(names)
         check_used(used, teachers, "pixel.teachers, image.teachers or region.teachers")
 
+    @classmethod
+    def cached_kinds(cls, config: MGDConfig) -> dict[str, tuple[str, ...]]:
+        """Which kinds of cached predictions the losses need of each teacher."""
+        terms = {"labels": config.pixel, "logits": config.image, "features": config.region}
+        names = sorted({name for term in terms.values() for name in term.teachers})
+        return {name: tuple(kind for kind, term in terms.items() if name in term.teachers) for name in names}
+
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the loss of the labelled and the CutMix-ed unlabelled images."""
         config, mask = self.config, batch["mask"]
@@ -89,10 +97,13 @@ class MGD(Method):
             "second": batch["mix"],
             "mixed": mix(batch["unlabeled"], batch["mix"], mask),
         }
-        seen = {name: look(teacher, views, self._wanted(name)) for name, teacher in self.teachers.items()}
-        if config.remix == "predictions":
-            for name in {*config.image.teachers, *config.region.teachers}:
-                seen[name]["mixed"] = _mixed_output(seen[name]["first"], seen[name]["second"], mask)
+        if self.teachers:
+            seen = {name: look(teacher, views, self._wanted(name)) for name, teacher in self.teachers.items()}
+        else:
+            seen = _cached(batch, self.cached_kinds(config))
+        for name in {*config.image.teachers, *config.region.teachers}:
+            if "mixed" not in seen[name]:
+                seen[name]["mixed"] = _blend(seen[name]["first"], seen[name]["second"], mask)
 
         student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
         labeled, mixed = student.logits.chunk(2)
@@ -137,16 +148,47 @@ class MGD(Method):
         return wanted
 
 
+class CachedOutput(NamedTuple):
+    """What a cache holds of a teacher's output for a crop, as far as the losses need it."""
+
+    labels: Tensor | None = None
+    """`[B, H, W]` int64, 255 in padding."""
+    logits: Tensor | None = None
+    """`[B, K, g, g]`, means over parts of the crop."""
+    features: Tensor | None = None
+    """`[B, C, g, g]`, likewise."""
+
+
+def _cached(batch: Batch, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, NamedTuple]]:
+    """Return teacher -> view -> what was cached of its output."""
+    keys = {"labeled": "image", "first": "unlabeled", "second": "mix"}
+    return {
+        name: {
+            view: CachedOutput(**{kind: batch[f"{key}/{name}/{kind}"] for kind in kinds[name]})
+            for view, key in keys.items()
+        }
+        for name in kinds
+    }
+
+
+def _classes(output: NamedTuple) -> Tensor:
+    """A teacher's classes `[B, H, W]`."""
+    return output.labels if isinstance(output, CachedOutput) else output.logits.argmax(dim=1)
+
+
 def _pseudo_label(seen: Mapping, where: str, mask: Tensor) -> Tensor:
     """A teacher's classes `[B, H, W]` for the student's view; those of unmixed images are mixed like the images."""
     if where == "labeled":
-        return seen["labeled"].logits.argmax(dim=1)
-    first, second = (seen[view].logits.argmax(dim=1) for view in ("first", "second"))
-    return torch.where(mask[:, 0], second, first)
+        return _classes(seen["labeled"])
+    return torch.where(mask[:, 0], _classes(seen["second"]), _classes(seen["first"]))
 
 
-def _mixed_output(first: NamedTuple, second: NamedTuple, mask: Tensor) -> NamedTuple:
-    """Mix two outputs of a teacher; a cell of the feature map is blended by the share of its pixels."""
-    share = functional.interpolate(mask.to(first.features.dtype), size=first.features.shape[-2:], mode="area")
-    features = torch.lerp(first.features, second.features, share)
-    return type(first)(mix(first.logits, second.logits, mask), features)
+def _blend(first: NamedTuple, second: NamedTuple, mask: Tensor) -> NamedTuple:
+    """Mix logits and features of two outputs; a cell of a coarse map is blended by the share of its pixels."""
+    mixed = {}
+    for what in ("logits", "features"):
+        one, other = getattr(first, what), getattr(second, what)
+        if one is not None:
+            share = functional.interpolate(mask.to(one.dtype), size=one.shape[-2:], mode="area")
+            mixed[what] = torch.lerp(one, other, share)
+    return first._replace(**mixed)

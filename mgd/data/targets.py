@@ -1,0 +1,140 @@
+"""Predictions of frozen teachers for whole images, kept on disk, and cut like the images they belong to.
+
+A cache is a folder. `manifest.json` says of which images, by which teachers and how; image i of its list lies
+in `shard-<i // IMAGES_PER_SHARD>.safetensors` as tensors named `i/teacher/kind`:
+
+labels      `[H, W]` uint8, the teacher's classes
+confidence  `[ceil(H / 4), ceil(W / 4)]` uint8, the mean probability of those classes times 255
+logits      `[K, ceil(H / cell), ceil(W / cell)]` float16, averaged over cells of the image
+features    `[C, ceil(H / cell), ceil(W / cell)]` float16, likewise: the decoder map before the classifier
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mgd.data.transforms import View, cut_label
+from mgd.errors import UserError
+from mgd.files import write_aside
+
+FORMAT = 1
+IMAGES_PER_SHARD = 64
+CONFIDENCE_STRIDE = 4
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Return the file of the images from `number * IMAGES_PER_SHARD` on."""
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write one shard, whole or not at all; `tensors` by the names that the module's docstring gives."""
+    write_aside(shard_path(folder, number), lambda path: save_file(dict(tensors), path))
+
+
+class CachedTargets:
+    """What a cache holds, cut to what a crop shows.
+
+    Args:
+        folder: the cache.
+        manifest: its `manifest.json`.
+        kinds: teacher -> kinds of tensors that are wanted of it.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]]) -> None:
+        self.folder, self.kinds, self.cell = folder, dict(kinds), manifest["cell"]
+        self.places = {name: index for index, name in enumerate(manifest["ids"])}
+
+    def bytes_per_image(self) -> float:
+        """Return the mean size of an image's predictions on disk."""
+        files = {shard_path(self.folder, index // IMAGES_PER_SHARD) for index in self.places.values()}
+        return sum(file.stat().st_size for file in files) / len(self.places)
+
+    def cut(self, name: str, size: tuple[int, int], view: View, crop: int) -> dict[str, Tensor]:
+        """Return what the teachers saw in a crop.
+
+        Args:
+            name: id of the image.
+            size: width and height of the image, pixels.
+            view: what the crop shows of it.
+            crop: side of the crop, pixels.
+
+        Returns:
+            By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; logits and features `[C, g, g]` float32,
+            g = ceil(crop / cell), means over the parts of the crop; in padding, the nearest of them.
+
+        Raises:
+            UserError: the cache lacks the image, has it in another size, or is damaged.
+        """
+        index = self.places.get(name)
+        if index is None:
+            raise UserError(f"{self.folder} has no image {name}; write it anew: stages/cache_teachers.py --restart")
+        path = shard_path(self.folder, index // IMAGES_PER_SHARD)
+        left, top, right, bottom = view.box
+        found = {}
+        try:
+            shard = _open(path)
+            for teacher, kinds in self.kinds.items():
+                for kind in kinds:
+                    stored = shard.get_slice(f"{index}/{teacher}/{kind}")
+                    if kind == "labels":
+                        if tuple(stored.get_shape()) != size[::-1]:
+                            raise UserError(
+                                f"{path}: {name} is not of {size[0]}x{size[1]} pixels there; the image has changed: "
+                                "stages/cache_teachers.py --restart"
+                            )
+                        shown = view._replace(box=(0, 0, right - left, bottom - top))
+                        found[f"{teacher}/{kind}"] = cut_label(stored[top:bottom, left:right].numpy(), crop, shown)
+                    else:
+                        cells = -(-crop // self.cell)
+                        found[f"{teacher}/{kind}"] = cut_cells(stored[:].float(), size, view, crop, cells)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"{path} cannot be read: {error}; delete it, and stages/cache_teachers.py mends it"
+            ) from error
+        return found
+
+
+@functools.lru_cache(maxsize=512)
+def _open(path: Path) -> safe_open:
+    """Open a shard for reading; a process keeps those it has opened."""
+    return safe_open(path, framework="pt")
+
+
+def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:
+    """Average a coarse map of an image over the parts of a crop, each cell by the area that it shares with the part.
+
+    Args:
+        cells: `[C, h, w]`, means over cells that divide the image evenly.
+        size: width and height of the image, pixels.
+        view: what the crop shows of it.
+        crop: side of the crop, pixels.
+        parts: the crop is divided into parts x parts.
+
+    Returns:
+        `[C, parts, parts]`.
+    """
+    columns, rows = (_shares(axis, cells.shape[2 - axis], size, view, crop, parts) for axis in (0, 1))
+    if view.mirrored:
+        columns = columns.flip(0)
+    return rows @ cells @ columns.T
+
+
+def _shares(axis: int, count: int, size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:
+    """Return `[parts, count]`: the share of each cell in each part of the crop along one axis; rows sum to 1."""
+    first, last = view.box[axis], view.box[axis + 2]
+    edges = torch.arange(parts + 1, dtype=torch.float64) * (crop / parts)
+    edges = first + (edges - view.offset[axis]) * ((last - first) / view.size[axis])  # pixels of the image
+    edges = edges.clamp(first, last) * (count / size[axis])  # cells; padding has become empty parts
+    low, high = edges[:-1, None], edges[1:, None]
+    cell = torch.arange(count, dtype=torch.float64)
+    shares = (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp(min=0)
+    empty = (high - low)[:, 0] < 1e-9
+    shares[empty] = torch.nn.functional.one_hot(low[empty, 0].long().clamp(max=count - 1), count).double()
+    return (shares / shares.sum(dim=1, keepdim=True)).float()

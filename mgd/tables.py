@@ -1,0 +1,48 @@
+"""Plain tables of TOML: changed by `--set`, and to and from the tuples of frozen models."""
+
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from mgd.errors import UserError
+
+
+def override(raw: dict[str, Any], text: str) -> None:
+    """Change one value in place.
+
+    Args:
+        raw: tables of a recipe.
+        text: `section.key=value`, value in TOML; bare words are text.
+
+    Raises:
+        UserError: it is something else.
+    """
+    key, equals, right = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not 2 <= len(parts) <= 8 or not all(parts):
+        raise UserError(f"--set {text}: expected section.key=value, e.g. --set optim.lr=0.01")
+    try:
+        parsed = tomllib.loads(f"value = {right.strip()}")
+        value = parsed["value"] if len(parsed) == 1 else right
+    except (ValueError, RecursionError):
+        value = right
+    table = raw
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {text}: {part} is a value, not a table")
+    table[parts[-1]] = value
+
+
+def as_tuples(value: Any) -> Any:
+    """Return lists of TOML as tuples, which frozen models hold."""
+    if isinstance(value, Mapping):
+        return {key: as_tuples(item) for key, item in value.items()}
+    return tuple(as_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def as_lists(value: Any) -> Any:
+    """Return tuples of frozen models as lists, which TOML has."""
+    if isinstance(value, Mapping):
+        return {key: as_lists(item) for key, item in value.items()}
+    return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,54 @@
+"""Run the teachers of a recipe once over all its training images, for [teachers] mode = "cached".
+
+python stages/cache_teachers.py --recipe recipes/quickstart.toml --set teachers.mode=cached
+"""
+
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+from mgd import cli  # noqa: E402
+from mgd.cache import cached_targets, compare  # noqa: E402
+from mgd.checks import check_recipe  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.experiment import training_images, training_pairs  # noqa: E402
+from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+from mgd.runs import finished_metrics, needed_recipes, refuse_students  # noqa: E402
+
+
+def main() -> None:
+    """Fill the cache, and print what it takes and how far it is from the teachers themselves."""
+    flags = cli.recipe_parser(__doc__.splitlines()[0])
+    flags.add_argument("--restart", action="store_true", help="predict everything anew")
+    args = flags.parse_args()
+    recipe = load(args.recipe, args.set)
+    if recipe.cache is None:
+        raise UserError(f"{args.recipe}: its teachers are online; --set teachers.mode=cached")
+    needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
+    untrained = [name for name, other in needed.items() if finished_metrics(other) is None]
+    if untrained:
+        raise UserError("\n".join(f"[teachers.{name}] is not trained: {needed[name].command}" for name in untrained))
+    refuse_students(recipe)
+    accelerator = cli.start(recipe)
+    teachers = {
+        name: load_segmenter(teacher.checkpoint or needed[name].run_dir) for name, teacher in recipe.teachers.items()
+    }
+    splits, partition = check_recipe(recipe, accelerator, teachers)
+    images = training_images(recipe, splits, partition)
+    targets = cached_targets(recipe, accelerator, teachers, images, args.restart)
+    if accelerator.is_main_process:
+        pairs = training_pairs(recipe, splits, partition, targets)
+        cli.print_rows(compare(targets, teachers, pairs, recipe.method.region.grid, accelerator), args.json)
+        print(
+            f"{recipe.cache_dir}: {len(images)} images, {targets.bytes_per_image() / 1024:.0f} KiB each; "
+            "cached against online predictions of 32 crops"
+        )
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    cli.run(main)
