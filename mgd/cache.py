@@ -44,6 +44,12 @@ def cached_targets(
     """
     folder = recipe.cache_dir
     kinds = METHODS.get(recipe.method.name).cached_kinds(recipe.method)
+    grid, parts = recipe.method.region.grid, -(-recipe.data.crop // recipe.cache.cell)
+    if parts < grid and any("features" in of_one for of_one in kinds.values()):
+        raise UserError(
+            f"[cache] cell = {recipe.cache.cell} divides a crop of {recipe.data.crop} into {parts} parts a side, and "
+            f"[method.region] grid = {grid}; cell must be at most {max(4, recipe.data.crop // grid)}"
+        )
     sums = _checksums(images, recipe.data.workers, accelerator)
     wanted = {
         "format": FORMAT,
@@ -134,7 +140,7 @@ def _open_folder(folder: Path, wanted: Mapping[str, Any], recipe: Recipe, restar
     """Return the manifest of the cache that is there, if it serves; else begin one."""
     path = folder / "manifest.json"
     if restart:
-        for old in [path, *folder.glob("shard-*.safetensors")]:
+        for old in [*folder.glob("shard-*.safetensors"), path]:
             old.unlink(missing_ok=True)
     if path.exists():
         there = read_json(path, tuple(wanted))
@@ -144,7 +150,7 @@ def _open_folder(folder: Path, wanted: Mapping[str, Any], recipe: Recipe, restar
             f"{folder} does not fit this run: {'; '.join(problems)}. Write it anew: python stages/cache_teachers.py "
             f"--recipe {recipe.source} --restart, or keep both: --set cache.folder=..."
         )
-    if any(folder.glob("*")):
+    if any(not other.name.startswith(".") for other in folder.glob("*")):  # but for torn writes
         raise UserError(f"{folder} holds files and no manifest.json; name another: --set cache.folder=...")
     write_json(path, wanted)
     return wanted
@@ -152,7 +158,7 @@ def _open_folder(folder: Path, wanted: Mapping[str, Any], recipe: Recipe, restar
 
 def _unfit(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Say why a cache does not serve; more images, teachers or kinds than are wanted do no harm."""
-    settings = ("format", "image_scale", "scales", "flip", "cell", "precision")
+    settings = ("format", "image_scale", "scales", "flip", "cell")
     problems = [f"{key} is {there[key]!r}, not {wanted[key]!r}" for key in settings if there[key] != wanted[key]]
     known = dict(zip(there["ids"], there["checksums"], strict=True))
     pairs = list(zip(wanted["ids"], wanted["checksums"], strict=True))
@@ -186,12 +192,12 @@ def _fill(
     accelerator.wait_for_everyone()
     if not missing:
         return
-    unknown = [name for name in manifest["ids"] if name not in place]
-    if unknown:
-        raise UserError(
-            f"{folder} is not complete, and this run lacks its image {unknown[0]}; the run that began it must end it"
-        )
     kinds = {name: teacher["kinds"] for name, teacher in manifest["teachers"].items()}
+    if [name for name in manifest["ids"] if name not in place] or kinds.keys() - teachers.keys():
+        raise UserError(
+            f"{folder} is not complete, and was begun for more images or teachers than this run has; let "
+            "stages/cache_teachers.py with the recipe that began it end it, or --set cache.folder=..."
+        )
     networks = {name: teachers[name].to(accelerator.device).eval() for name in kinds}
     shards = {
         number: range(number * IMAGES_PER_SHARD, min((number + 1) * IMAGES_PER_SHARD, len(manifest["ids"])))

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import re
 import shlex
 import sys
 import tomllib
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from mgd.errors import UserError, did_you_mean, pydantic_lines
 from mgd.registry import DATASETS, HEADS, METHODS
-from mgd.tables import as_lists, as_tuples, override
+from mgd.tables import as_lists, as_tuples, labeled_amount, override
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -327,31 +326,6 @@ _KEEP_REFERENCE = (
 )
 
 
-def labeled_amount(labeled: int | float | str, pool: int) -> int:
-    """Turn `partition.labeled` into a number of images.
-
-    Args:
-        labeled: count (int), share in (0, 1] (float) or fraction as text ("1/16").
-        pool: number of images that carry a mask.
-
-    Raises:
-        ValueError: not a positive count, a share outside (0, 1], or text that is no fraction.
-    """
-    share = labeled
-    if isinstance(labeled, str):
-        if len(labeled) > 20 or re.fullmatch(r"[0-9]+/[0-9]*[1-9][0-9]*", labeled) is None:
-            raise ValueError(f'{labeled!r} is no fraction such as "1/16"')
-        top, _, bottom = labeled.partition("/")
-        share = int(top) / int(bottom)
-    elif isinstance(labeled, int):
-        if labeled < 1:
-            raise ValueError(f"{labeled} is no count of images; at least 1")
-        return labeled
-    if not 0 < share <= 1:
-        raise ValueError(f"{labeled!r} is no share; above 0 and at most 1.0")
-    return max(1, round(share * pool))
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
@@ -487,6 +461,39 @@ def _similar_files(path: Path) -> str:
     return f"; {did_you_mean(path.name, names)}" if names else ""
 
 
+class _TeacherTables(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Teacher]
+    mode: Literal["online", "cached"] = "online"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON Schema of a recipe file, the built-in data sets, heads and methods included."""
+
+    def choice(models: list[type[Section]]) -> Any:
+        union = models[0]
+        for model in models[1:]:
+            union = union | model
+        return union
+
+    heads = choice([HEADS.get(name).Config for name in HEADS.names()])
+    model = create_model(
+        "Recipe",
+        __config__=ConfigDict(extra="forbid"),
+        run=(Run, ...),
+        data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
+        partition=(Partition, ...),
+        student=(create_model("Student", __base__=ModelSection, head=(heads, ...)), ...),
+        method=(choice([METHODS.get(name).Config for name in METHODS.names()]), ...),
+        optim=(Optim, ...),
+        eval=(Eval, Eval()),
+        teachers=(_TeacherTables, {}),
+        cache=(TeacherCache, TeacherCache()),
+        reference=(Reference | None, None),
+    )
+    return model.model_json_schema()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the JSON Schema, or check the recipes that are named."""
     parser = argparse.ArgumentParser(prog="python -m mgd.recipe", description="Check recipes, or print their schema.")
@@ -497,8 +504,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     if args.schema:
-        from mgd.schema import json_schema
-
         print(json.dumps(json_schema(), indent=2))
     elif not args.recipes:
         parser.error("name a recipe, or --schema")

@@ -1,5 +1,6 @@
-"""Plain tables of TOML: changed by `--set`, and to and from the tuples of frozen models."""
+"""Tables and values of TOML: changed by `--set`, and read as what they stand for."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Any
@@ -46,3 +47,28 @@ def as_lists(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: as_lists(item) for key, item in value.items()}
     return [as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def labeled_amount(labeled: int | float | str, pool: int) -> int:
+    """Turn `partition.labeled` into a number of images.
+
+    Args:
+        labeled: count (int), share in (0, 1] (float) or fraction as text ("1/16").
+        pool: number of images that carry a mask.
+
+    Raises:
+        ValueError: not a positive count, a share outside (0, 1], or text that is no fraction.
+    """
+    share = labeled
+    if isinstance(labeled, str):
+        if len(labeled) > 20 or re.fullmatch(r"[0-9]+/[0-9]*[1-9][0-9]*", labeled) is None:
+            raise ValueError(f'{labeled!r} is no fraction such as "1/16"')
+        top, _, bottom = labeled.partition("/")
+        share = int(top) / int(bottom)
+    elif isinstance(labeled, int):
+        if labeled < 1:
+            raise ValueError(f"{labeled} is no count of images; at least 1")
+        return labeled
+    if not 0 < share <= 1:
+        raise ValueError(f"{labeled!r} is no share; above 0 and at most 1.0")
+    return max(1, round(share * pool))

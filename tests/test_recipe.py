@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 
 from mgd.errors import UserError
-from mgd.recipe import labeled_amount, load, main
-from mgd.schema import json_schema
+from mgd.recipe import json_schema, load, main
+from mgd.tables import labeled_amount
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.toml")), ids=lambda path: path.name)

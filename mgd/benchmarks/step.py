@@ -6,6 +6,7 @@ teachers, losses on logits at full resolution.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,9 +62,15 @@ def suite(
         network.compile(dynamic=False)
 
     steps = {"reference": (lambda: reference_step(plain_student, plain_teachers, recipe.method, batch), "fp32")}
-    for remix, title in (("images", "exact"), ("predictions", "remix")):
-        method = MGD(recipe.method.model_copy(update={"remix": remix}), [student], frozen)
-        steps |= {f"{title}, {kind}": (lambda method=method: method.step(batch, 0), kind) for kind in precisions}
+    exact, remix = (recipe.method.model_copy(update={"remix": remix}) for remix in ("images", "predictions"))
+    ours = {
+        "exact": (MGD(exact, [student], frozen), batch),
+        "remix": (MGD(remix, [student], frozen), batch),
+        "cached": (MGD(remix, [student]), batch | cached_views(frozen, recipe.method, batch)),
+    }
+    for title, (method, seen) in ours.items():
+        step = functools.partial(method.step, seen, 0)
+        steps |= {f"{title}, {kind}": (step, kind) for kind in precisions}
     trained = {name: plain_student if name == "reference" else student for name in steps}
     trainers = {name: _trainer(step, trained[name], kind, device) for name, (step, kind) in steps.items()}
     seconds = alternate(trainers, repetitions, device)
@@ -114,6 +121,32 @@ def reference_step(
         log["loss_region"] += difference.square().mean()
     loss = log["loss_supervised"] + config.pixel.weight * (log["loss_pixel_labeled"] + log["loss_pixel_unlabeled"])
     return StepOutput(loss + config.image.weight * log["loss_image"] + config.region.weight * log["loss_region"], log)
+
+
+@torch.inference_mode()
+def cached_views(
+    teachers: Mapping[str, Segmenter], config: MGDConfig, batch: Mapping[str, Tensor], cell: int = 16
+) -> dict[str, Tensor]:
+    """Return what a cache would hold of the teachers' outputs for a batch, by `VIEW/TEACHER/KIND`.
+
+    Args:
+        teachers: frozen networks by name.
+        config: what its losses need is kept.
+        batch: `image`, `unlabeled` and `mix` `[B, 3, H, W]`.
+        cell: pixels a side over which logits and features are averaged.
+    """
+    kept = {}
+    for name, kinds in MGD.cached_kinds(config).items():
+        for view in ("image", "unlabeled", "mix"):
+            logits, features = teachers[name](batch[view])
+            parts = [-(-side // cell) for side in batch[view].shape[-2:]]
+            found = {
+                "labels": logits.argmax(dim=1),
+                "logits": functional.interpolate(logits, size=parts, mode="area"),
+                "features": functional.interpolate(features.float(), size=parts, mode="area"),
+            }
+            kept |= {f"{view}/{name}/{kind}": found[kind].clone() for kind in kinds}
+    return kept
 
 
 def random_batch(size: int, crop: int, num_classes: int, device: torch.device) -> dict[str, Tensor]:

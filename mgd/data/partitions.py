@@ -8,7 +8,8 @@ import numpy as np
 
 from mgd.data.lists import match, own_lists, public_lists
 from mgd.errors import UserError
-from mgd.recipe import Partition, labeled_amount
+from mgd.recipe import Partition
+from mgd.tables import labeled_amount
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pyarrow.parquet
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from mgd.data.loaders import UNLABELED_STREAMS, UNREADABLE, StepSampler, TrainingPairs
-from mgd.data.transforms import to_rgb
+from mgd.data.transforms import rescale, to_rgb
 from mgd.errors import UserError
 from mgd.recipe import UnlabeledSection
 
@@ -220,7 +220,8 @@ class StreamBatches(IterableDataset):
             except Exception as error:  # of the many libraries that read a pool
                 raise _unreadable(self.pool.section, error) from error
             try:
-                return name, _decode(name, value), place
+                image, _ = rescale(_decode(name, value), None, self.pairs.section.image_scale)
+                return name, image, place
             except UserError as error:
                 where = f"[data.unlabeled] {self.pool.section.location}: {error}"
                 if self.on_error == "raise":

@@ -67,7 +67,7 @@ class CachedTargets:
 
         Returns:
             By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; logits and features `[C, g, g]` float32,
-            g = ceil(crop / cell), means over the parts of the crop; in padding, the nearest of them.
+            g = ceil(crop / cell), means over what a part of the crop shows; in padding, of the nearest cell.
 
         Raises:
             UserError: the cache lacks the image, has it in another size, or is damaged.

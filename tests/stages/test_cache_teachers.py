@@ -1,0 +1,43 @@
+"""The stage as a user starts it: one process or two, and the way out of each mistake."""
+
+import sys
+
+from conftest import run_stage
+
+from mgd.models.segmenter import build_segmenter
+from mgd.recipe import load
+
+TERMS = {"pixel": {"teachers": ["a"]}, "image": {"teachers": ["a"]}, "region": {"teachers": ["a"], "grid": 3}}
+TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541")
+
+
+def recipe_of(write_recipe, tmp_path, **changes):
+    base = load(write_recipe())
+    classes = base.data.class_names()
+    build_segmenter(base.student, classes, [(0, 0, 0)] * len(classes), 1).save(tmp_path / "a")
+    teachers = {"mode": "cached", "a": {"checkpoint": str(tmp_path / "a")}} | changes
+    return write_recipe(
+        teachers=teachers, method={"name": "mgd", **TERMS}, cache={"cell": 8}, data={"num_train": 70, "workers": 1}
+    )
+
+
+def test_two_processes_write_what_one_does(write_recipe, tmp_path):
+    recipe = recipe_of(write_recipe, tmp_path)
+    done = run_stage("cache_teachers.py", "--recipe", recipe, "--json", tmp_path / "rows.json")
+    assert done.returncode == 0, done.stderr
+    assert "same class %" in done.stdout and "70 images, " in done.stdout and (tmp_path / "rows.json").exists()
+    done = run_stage(
+        *("cache_teachers.py", "--recipe", recipe, "--set", "cache.folder=two"),
+        launcher=TWO,
+        env={"ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (sorted((tmp_path / "runs" / name).glob("[ms]*")) for name in ("teacher_cache-s0", "two"))
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 3
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_online_teachers_have_no_cache(write_recipe, tmp_path):
+    done = run_stage("cache_teachers.py", "--recipe", recipe_of(write_recipe, tmp_path, mode="online"))
+    assert done.returncode == 2 and "error: " in done.stderr and "--set teachers.mode=cached" in done.stderr
+    assert "Traceback" not in done.stderr

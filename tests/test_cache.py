@@ -1,0 +1,203 @@
+"""Cached teachers: what is kept, that training with it is the same step, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch.nn import functional
+from torch.utils.data import default_collate
+
+from mgd.cache import cached_targets, compare
+from mgd.checks import check_recipe
+from mgd.data.targets import shard_path
+from mgd.errors import Stopped, UserError
+from mgd.experiment import run_recipe, training_images, training_pairs
+from mgd.methods.mgd import MGD
+from mgd.models.segmenter import build_segmenter, load_segmenter
+from mgd.recipe import load, parse_model
+
+TERMS = {"pixel": {"teachers": ["a", "b"]}, "image": {"teachers": ["a"]}, "region": {"teachers": ["b"], "grid": 3}}
+
+
+@pytest.fixture
+def cached(write_recipe, tmp_path):
+    """Write a recipe of cached teachers with random weights; returns a function of more changes."""
+    base = load(write_recipe())
+    torch.manual_seed(0)
+    for index, (name, backbone) in enumerate({"a": "test_resnet", "b": "test_efficientnet"}.items()):
+        section = parse_model(base.student.model_dump(mode="json") | {"backbone": backbone}, "test")
+        classes = base.data.class_names()
+        teacher = build_segmenter(section, classes, [(0, 0, 0)] * len(classes), index)
+        for module in teacher.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+        teacher.save(tmp_path / name)
+
+    def write(*overrides, data=None, method=None, cache=None):
+        teachers = {"mode": "cached", **{name: {"checkpoint": str(tmp_path / name)} for name in ("a", "b")}}
+        changes = {
+            "teachers": teachers,
+            "method": {"name": "mgd", **TERMS} | (method or {}),
+            "cache": {"cell": 8} | (cache or {}),
+        }
+        return load(write_recipe(data=data or {}, **changes), overrides)
+
+    return write
+
+
+def teachers_of(recipe):
+    return {name: load_segmenter(teacher.checkpoint) for name, teacher in recipe.teachers.items()}
+
+
+def made(recipe, restart=False):
+    """Make the cache; returns teachers, images and targets."""
+    teachers, accelerator = teachers_of(recipe), Accelerator()
+    splits, partition = check_recipe(recipe, accelerator, teachers)
+    images = training_images(recipe, splits, partition)
+    targets = cached_targets(recipe, accelerator, teachers, images, restart)
+    return teachers, images, targets, training_pairs(recipe, splits, partition, targets)
+
+
+def test_what_is_kept_is_what_the_teacher_says_of_the_whole_image(cached):
+    recipe = cached(cache={"scales": [1.0, 1.5], "flip": True})
+    teachers, images, _, _ = made(recipe)
+    tensors = load_file(shard_path(recipe.cache_dir, 0))
+    assert sorted(name.split("/", 1)[1] for name in tensors if name.startswith("3/")) == [
+        *("a/confidence", "a/labels", "a/logits"),
+        *("b/confidence", "b/features", "b/labels"),
+    ]
+    pixels = torch.from_numpy(np.array(images.read(3, False)[0])).permute(2, 0, 1)[None].float()
+    for name, teacher in teachers.items():
+        logits, features = [], []
+        with torch.no_grad():
+            for side in (48, 72):
+                view = functional.interpolate(pixels, size=(side, side), mode="bilinear", align_corners=False)
+                for turned in (False, True):
+                    seen = teacher.eval()(view.flip(-1) if turned else view)
+                    maps = [value.flip(-1) if turned else value for value in seen]
+                    logits.append(functional.interpolate(maps[0], size=(48, 48), mode="bilinear", align_corners=False))
+                    features.append(functional.adaptive_avg_pool2d(maps[1], 6))
+        mean = torch.stack(logits).mean(0)
+        assert (tensors[f"3/{name}/labels"] == mean.argmax(1)[0]).float().mean() > 0.999
+        confidence = functional.avg_pool2d(mean.softmax(1).amax(1), 4)[0] * 255
+        assert (tensors[f"3/{name}/confidence"].float() - confidence).abs().max() <= 0.51
+        if name == "a":
+            assert torch.allclose(
+                tensors["3/a/logits"].float(), functional.avg_pool2d(mean, 8)[0], rtol=2e-3, atol=2e-3
+            )
+        else:
+            assert torch.allclose(
+                tensors["3/b/features"].float(), torch.stack(features).mean(0)[0], rtol=2e-3, atol=2e-3
+            )
+
+
+def test_the_losses_are_those_of_online_teachers_where_the_crop_is_the_image(cached):
+    recipe = cached(
+        data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4}, method={"remix": "predictions"}
+    )
+    teachers, _, _, pairs = made(recipe)
+    classes = recipe.data.class_names()
+    student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5)
+    batch = default_collate([pairs[position] for position in range(4)])
+    online = MGD(recipe.method, [student], teachers).step(batch, 0).log
+    ours = MGD(recipe.method, [student]).step(batch, 0).log
+    assert online.keys() == ours.keys() and len(ours) == 5
+    for key, value in online.items():
+        assert ours[key].item() == pytest.approx(value.item(), rel=2e-3), key
+
+
+def test_compare_says_how_far_the_crops_own_predictions_are(cached):
+    near = cached(data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
+    teachers, _, targets, pairs = made(near)
+    first, second = compare(targets, teachers, pairs, 3, Accelerator(), count=4)
+    assert first["same class %"] == 100 and first["pooled logits off by"] < 1e-3 * first["of"] + 1e-3
+    assert second["cosines off by"] < 1e-3 and first["cosines off by"] is None
+    assert 0 < targets.bytes_per_image() < 20_000
+    far = cached("cache.folder=far")
+    teachers, _, targets, pairs = made(far)
+    assert compare(targets, teachers, pairs, 3, Accelerator(), count=4)[0]["same class %"] < 100
+
+
+def test_a_run_with_cached_teachers_is_taken_up_to_the_bit(cached, tmp_path, monkeypatch):
+    whole = cached("run.name=whole", "optim.steps=6")
+    run_recipe(whole, Accelerator(), teachers_of(whole))
+    step = MGD.step
+
+    def stopping(self, batch, number):
+        if number == 3:
+            raise Stopped(15)
+        return step(self, batch, number)
+
+    cut = cached("run.name=cut", "optim.steps=6")
+    shards = {path: path.stat().st_mtime_ns for path in whole.cache_dir.glob("shard-*")}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(MGD, "step", stopping)
+        run_recipe(cut, Accelerator(), teachers_of(cut))
+    run_recipe(cut, Accelerator(), teachers_of(cut))
+    first, second = (load_file(tmp_path / "runs" / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert shards == {path: path.stat().st_mtime_ns for path in whole.cache_dir.glob("shard-*")}, (
+        "one cache serves both"
+    )
+
+
+def test_only_what_is_missing_is_written_again(cached, monkeypatch):
+    monkeypatch.setattr("mgd.cache.IMAGES_PER_SHARD", 5)
+    monkeypatch.setattr("mgd.data.targets.IMAGES_PER_SHARD", 5)
+    recipe = cached()
+    made(recipe)
+    paths = [shard_path(recipe.cache_dir, number) for number in range(3)]
+    before = [path.read_bytes() for path in paths]
+    times = [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    made(recipe)
+    assert [path.read_bytes() for path in paths] == before
+    assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
+    made(recipe, restart=True)
+    assert [path.read_bytes() for path in paths] == before and paths[0].stat().st_mtime_ns != times[0]
+
+
+def test_a_stale_cache_is_refused(cached, tmp_path):
+    recipe = cached()
+    made(recipe)
+    with pytest.raises(
+        UserError, match=r"does not fit this run: cell is 8, not 4\. Write it anew: .*--restart, or keep"
+    ):
+        made(cached("cache.cell=4"))
+    with pytest.raises(UserError, match=r"scales is \[1.0\], not \[1.0, 2.0\]; flip is False, not True"):
+        made(cached("cache.scales=[1.0, 2.0]", "cache.flip=true"))
+    with pytest.raises(UserError, match=r"it lacks features of \[teachers.a\]"):
+        made(cached(method={"region": {"teachers": ["a"], "grid": 3}}))
+    with pytest.raises(UserError, match="12 images have changed"):
+        made(cached("data.draw_seed=1"))
+    made(cached("partition.labeled=6"))  # the same images, labelled or not
+    network = load_segmenter(tmp_path / "a")
+    with torch.no_grad():
+        network.head.classifier.bias += 1
+    network.save(tmp_path / "a")
+    with pytest.raises(UserError, match=r"\[teachers.a\] has other weights than the cached one"):
+        made(recipe)
+
+
+def test_what_cannot_be_cached_is_said_at_once(cached, tmp_path, write_recipe):
+    with pytest.raises(UserError, match=r"name = 'kd' needs \[teachers\] mode = .online"):
+        load(
+            write_recipe(
+                teachers={"mode": "cached", "a": {"checkpoint": "x"}}, method={"name": "kd", "distill_from": ["a"]}
+            )
+        )
+    with pytest.raises(UserError, match=r'\[teachers\] mode: .often.; choices: "online", "cached"'):
+        load(write_recipe(teachers={"mode": "often"}))
+    with pytest.raises(
+        UserError, match=r"cell = 16 divides a crop of 32 into 2 parts a side, and .* grid = 3; .*at most 10"
+    ):
+        made(cached("cache.cell=16"))
+    stream = {"parquet": str(tmp_path), "streaming": True}
+    with pytest.raises(UserError, match="a stream needs mode = .online"):
+        made(cached(data={"unlabeled": stream}))
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="mine holds files and no manifest.json"):
+        made(cached("cache.folder=mine"), restart=True)
+    assert (tmp_path / "runs" / "mine" / "thesis.txt").exists()
