@@ -74,7 +74,19 @@ def self_correlation(features: Tensor, grid: int) -> Tensor:
         `[B, grid * grid, grid * grid]`.
     """
     with torch.autocast(features.device.type, enabled=False):  # differences of cosines drown in bf16
-        precise = features if features.dtype == torch.float64 else features.float()
-        regions = functional.adaptive_avg_pool2d(precise, grid)
-        regions = functional.normalize(rearrange(regions, "b c i j -> b (i j) c"), dim=-1)
+        regions = functional.normalize(rearrange(pool_regions(features, grid), "b c i j -> b (i j) c"), dim=-1)
         return regions @ regions.transpose(1, 2)
+
+
+def pool_regions(features: Tensor, grid: int) -> Tensor:
+    """Average features over grid x grid regions, in at least float32; what is pooled already stays as it is.
+
+    Args:
+        features: `[B, C, H, W]`.
+        grid: regions a side.
+
+    Returns:
+        `[B, C, grid, grid]`.
+    """
+    precise = features if features.dtype == torch.float64 else features.float()
+    return functional.adaptive_avg_pool2d(precise, grid)

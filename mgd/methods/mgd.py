@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from einops import reduce
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
@@ -98,12 +99,9 @@ class MGD(Method):
             "mixed": mix(batch["unlabeled"], batch["mix"], mask),
         }
         if self.teachers:
-            seen = {name: look(teacher, views, self._wanted(name)) for name, teacher in self.teachers.items()}
+            seen = {name: self._online(name, views, mask) for name in self.teachers}
         else:
-            seen = _cached(batch, self.cached_kinds(config))
-        for name in {*config.image.teachers, *config.region.teachers}:
-            if "mixed" not in seen[name]:
-                seen[name]["mixed"] = _blend(seen[name]["first"], seen[name]["second"], mask)
+            seen = {name: _cached(batch, name, kinds) for name, kinds in self.cached_kinds(config).items()}
 
         student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
         labeled, mixed = student.logits.chunk(2)
@@ -114,24 +112,38 @@ class MGD(Method):
         if config.pixel.teachers:
             for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
                 if where in config.pixel.on:
-                    targets = [_pseudo_label(seen[name], where, mask) for name in config.pixel.teachers]
+                    targets = [getattr(seen[name], where) for name in config.pixel.teachers]
                     log[f"loss_pixel_{where}"] = losses.pixel_level(logits, targets)
                     loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
         if config.image.teachers:
             # A sum over the batch is a sum over the global batch: the loop averages over processes.
             scale = num_processes() if config.image.reduction == "sum" else 1
             log["loss_image"] = scale * sum(
-                losses.image_level(mixed, seen[name]["mixed"].logits, config.image.reduction)
-                for name in config.image.teachers
+                losses.image_level(mixed, seen[name].logits, config.image.reduction) for name in config.image.teachers
             )
             loss = loss + config.image.weight * log["loss_image"]
         if config.region.teachers:
             log["loss_region"] = sum(
-                losses.region_level(features, seen[name]["mixed"].features, config.region.grid)
+                losses.region_level(features, seen[name].features, config.region.grid)
                 for name in config.region.teachers
             )
             loss = loss + config.region.weight * log["loss_region"]
         return StepOutput(loss, log)
+
+    def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> "Seen":
+        """Ask a teacher; of its outputs, which are large, only what the losses need outlives this."""
+        config = self.config
+        with torch.inference_mode():
+            outputs = look(self.teachers[name], views, self._wanted(name))
+            classes = {view: outputs[view].logits.argmax(dim=1) for view in outputs if view != "mixed"}
+            labeled = classes.get("labeled")
+            unlabeled = _mix_classes(classes["first"], classes["second"], mask) if "first" in classes else None
+            logits = features = None
+            if name in config.image.teachers:
+                logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
+            if name in config.region.teachers:
+                features = losses.pool_regions(_mixed(outputs, "features", mask), config.region.grid)
+        return Seen(labeled, unlabeled, logits, features)
 
     def _wanted(self, name: str) -> list[str]:
         """The views of a step on which a teacher's terms need it."""
@@ -148,47 +160,43 @@ class MGD(Method):
         return wanted
 
 
-class CachedOutput(NamedTuple):
-    """What a cache holds of a teacher's output for a crop, as far as the losses need it."""
+class Seen(NamedTuple):
+    """What one teacher says of a batch, as far as its losses need it."""
 
-    labels: Tensor | None = None
-    """`[B, H, W]` int64, 255 in padding."""
+    labeled: Tensor | None = None
+    """Classes `[B, H, W]` of the labelled images."""
+    unlabeled: Tensor | None = None
+    """Classes `[B, H, W]` for the mixed images: those of the two images, mixed like them; 255 in padding."""
     logits: Tensor | None = None
-    """`[B, K, g, g]`, means over parts of the crop."""
+    """`[B, K, g, g]` of the mixed images, means over equal parts of them."""
     features: Tensor | None = None
     """`[B, C, g, g]`, likewise."""
 
 
-def _cached(batch: Batch, kinds: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, NamedTuple]]:
-    """Return teacher -> view -> what was cached of its output."""
-    keys = {"labeled": "image", "first": "unlabeled", "second": "mix"}
-    return {
-        name: {
-            view: CachedOutput(**{kind: batch[f"{key}/{name}/{kind}"] for kind in kinds[name]})
-            for view, key in keys.items()
-        }
-        for name in kinds
-    }
+def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
+    """Put together what was cached of a teacher's view of the images."""
+    found, mask = {}, batch["mask"]
+    if "labels" in kinds:
+        found["labeled"] = batch[f"image/{name}/labels"]
+        found["unlabeled"] = _mix_classes(batch[f"unlabeled/{name}/labels"], batch[f"mix/{name}/labels"], mask)
+    for kind in ("logits", "features"):
+        if kind in kinds:
+            found[kind] = _blend(batch[f"unlabeled/{name}/{kind}"], batch[f"mix/{name}/{kind}"], mask)
+    return Seen(**found)
 
 
-def _classes(output: NamedTuple) -> Tensor:
-    """A teacher's classes `[B, H, W]`."""
-    return output.labels if isinstance(output, CachedOutput) else output.logits.argmax(dim=1)
+def _mix_classes(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask[:, 0], second, first)
 
 
-def _pseudo_label(seen: Mapping, where: str, mask: Tensor) -> Tensor:
-    """A teacher's classes `[B, H, W]` for the student's view; those of unmixed images are mixed like the images."""
-    if where == "labeled":
-        return _classes(seen["labeled"])
-    return torch.where(mask[:, 0], _classes(seen["second"]), _classes(seen["first"]))
+def _mixed(outputs: Mapping[str, NamedTuple], what: str, mask: Tensor) -> Tensor:
+    """Return a teacher's logits or features for the mixed images, seen or mixed from those of the two images."""
+    if "mixed" in outputs:
+        return getattr(outputs["mixed"], what)
+    return _blend(getattr(outputs["first"], what), getattr(outputs["second"], what), mask)
 
 
-def _blend(first: NamedTuple, second: NamedTuple, mask: Tensor) -> NamedTuple:
-    """Mix logits and features of two outputs; a cell of a coarse map is blended by the share of its pixels."""
-    mixed = {}
-    for what in ("logits", "features"):
-        one, other = getattr(first, what), getattr(second, what)
-        if one is not None:
-            share = functional.interpolate(mask.to(one.dtype), size=one.shape[-2:], mode="area")
-            mixed[what] = torch.lerp(one, other, share)
-    return first._replace(**mixed)
+def _blend(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    """Mix two maps `[B, C, h, w]`; a cell of a coarse one is blended by the share of its pixels."""
+    share = functional.interpolate(mask.to(first.dtype), size=first.shape[-2:], mode="area")
+    return torch.lerp(first, second, share)

@@ -70,7 +70,10 @@ class DeepLabV3PlusHead(nn.Module):
         branches.append(pooled + torch.zeros_like(branches[0]))  # some mobile converters lack expand
         context = self.project(torch.cat(branches, dim=1))
         context = functional.interpolate(context, size=low.shape[-2:], mode="bilinear", align_corners=False)
-        features = self.decoder(torch.cat([context, self.low_level(low)], dim=1))
+        joined = [context, self.low_level(low)]
+        if _trains_on_cpu(self, context):
+            joined = [branch.contiguous() for branch in joined]
+        features = self.decoder(torch.cat(joined, dim=1))
         return self.classifier(features), features
 
 
@@ -78,9 +81,13 @@ class _DecoderConv2d(nn.Conv2d):
     """Trains in NCHW on a CPU, where the backward pass of wide maps takes half the time that it does in NHWC."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.device.type == "cpu":
+        if _trains_on_cpu(self, input):
             return self._conv_forward(input.contiguous(), self.weight.contiguous(), self.bias)
         return super().forward(input)
+
+
+def _trains_on_cpu(module: nn.Module, input: Tensor) -> bool:
+    return module.training and input.device.type == "cpu"
 
 
 def _conv(

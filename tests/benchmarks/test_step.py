@@ -48,8 +48,10 @@ def test_rows_of_the_suite(recipe, sections):
     assert [row["name"].split(",")[0] for row in rows] == [
         "step: exact",
         "step: remix",
+        "step: cached",
         "memory: exact",
         "memory: remix",
+        "memory: cached",
     ]
     for row in rows:
         assert row["ratio"] == pytest.approx(row["reference"] / row["ours"]) and row["ours"] > 0
