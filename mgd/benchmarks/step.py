@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from mgd.benchmarks.timing import alternate, peak_memory, precision
 from mgd.data.cutmix import box_masks
@@ -44,7 +45,8 @@ def suite(
         compiled: our networks go through torch.compile.
 
     Returns:
-        Rows `name, reference, ours, ratio`: seconds a step, and MiB of its peak memory.
+        Rows `name, reference, ours, ratio`: seconds a step, and MiB of its peak memory. Of the exact step in the
+        last precision, ours alone, also the seconds of its parts and the TFLOP/s of the whole.
 
     Raises:
         UserError: the recipe's method is another.
@@ -73,7 +75,11 @@ def suite(
         steps |= {f"{title}, {kind}": (step, kind) for kind in precisions}
     trained = {name: plain_student if name == "reference" else student for name in steps}
     trainers = {name: _trainer(step, trained[name], kind, device) for name, (step, kind) in steps.items()}
-    seconds = alternate(trainers, repetitions, device)
+    kind = precisions[-1]
+    forward, _ = steps[f"cached, {kind}"]
+    parts = {"forward": lambda: _forward_only(forward, student, kind, device)}
+    parts["backward"] = lambda: _backward(forward, student, kind, device)
+    seconds = alternate(trainers | parts, repetitions, device)
     memory = {}
     for name, (step, kind) in steps.items():
         for network in trained.values():
@@ -85,7 +91,17 @@ def suite(
     for name in steps:
         if name != "reference":
             rows.append(_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20))
-    return rows
+    exact, cached = seconds[f"exact, {kind}"], seconds[f"cached, {kind}"]
+    split = {
+        "teachers": exact - cached,
+        "student and losses": seconds["forward"],
+        "backward": seconds["backward"] - seconds["forward"],
+        "optimiser": cached - seconds["backward"],
+    }
+    rows += [_ours_alone(f"exact, {kind}: {part}, s", value) for part, value in split.items()]
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        _backward(steps[f"exact, {kind}"][0], student, kind, device)
+    return [*rows, _ours_alone(f"exact, {kind}: TFLOP/s", counter.get_total_flops() / exact / 1e12)]
 
 
 def reference_step(
@@ -182,6 +198,12 @@ def _correlation(features: Tensor, grid: int) -> Tensor:
     return functional.cosine_similarity(vectors[:, :, None], vectors[:, None], dim=-1)
 
 
+def _forward_only(step: Callable[[], StepOutput], network: nn.Module, kind: str, device: torch.device) -> None:
+    network.train()
+    with precision(kind, device):
+        step()
+
+
 def _backward(step: Callable[[], StepOutput], network: nn.Module, kind: str, device: torch.device) -> None:
     network.train()
     with precision(kind, device):
@@ -198,6 +220,10 @@ def _trainer(step: Callable[[], StepOutput], network: nn.Module, kind: str, devi
         optimizer.zero_grad()
 
     return run
+
+
+def _ours_alone(name: str, value: float) -> dict[str, Any]:
+    return {"name": name, "reference": None, "ours": value, "ratio": None}
 
 
 def _row(name: str, reference: float, ours: float) -> dict[str, Any]:
