@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -121,20 +122,19 @@ def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts
         `[C, parts, parts]`.
     """
     columns, rows = (_shares(axis, cells.shape[2 - axis], size, view, crop, parts) for axis in (0, 1))
-    if view.mirrored:
-        columns = columns.flip(0)
-    return rows @ cells @ columns.T
+    return rows @ (cells @ columns.T)
 
 
+@functools.lru_cache(maxsize=8)  # logits and features, of all teachers, are cut alike
 def _shares(axis: int, count: int, size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:
     """Return `[parts, count]`: the share of each cell in each part of the crop along one axis; rows sum to 1."""
     first, last = view.box[axis], view.box[axis + 2]
-    edges = torch.arange(parts + 1, dtype=torch.float64) * (crop / parts)
+    edges = np.arange(parts + 1) * (crop / parts)
     edges = first + (edges - view.offset[axis]) * ((last - first) / view.size[axis])  # pixels of the image
-    edges = edges.clamp(first, last) * (count / size[axis])  # cells; padding has become empty parts
-    low, high = edges[:-1, None], edges[1:, None]
-    cell = torch.arange(count, dtype=torch.float64)
-    shares = (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp(min=0)
+    edges = edges.clip(first, last) * (count / size[axis])  # cells; padding has become empty parts
+    low, high, cell = edges[:-1, None], edges[1:, None], np.arange(count)
+    shares = (np.minimum(high, cell + 1) - np.maximum(low, cell)).clip(min=0)
     empty = (high - low)[:, 0] < 1e-9
-    shares[empty] = torch.nn.functional.one_hot(low[empty, 0].long().clamp(max=count - 1), count).double()
-    return (shares / shares.sum(dim=1, keepdim=True)).float()
+    shares[empty] = cell == low[empty].astype(int).clip(max=count - 1)
+    shares /= shares.sum(axis=1, keepdims=True)
+    return torch.from_numpy((shares[::-1] if axis == 0 and view.mirrored else shares).astype(np.float32))
