@@ -25,6 +25,8 @@ from mgd.recipe import Recipe, TeacherCache
 from mgd.registry import METHODS
 from mgd.runs import hold
 
+GRID = 7  # regions a side at which features are compared, the paper's
+
 
 def cached_targets(
     recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module], images: Images, restart: bool = False
@@ -44,12 +46,6 @@ def cached_targets(
     """
     folder = recipe.cache_dir
     kinds = METHODS.get(recipe.method.name).cached_kinds(recipe.method)
-    grid, parts = recipe.method.region.grid, -(-recipe.data.crop // recipe.cache.cell)
-    if parts < grid and any("features" in of_one for of_one in kinds.values()):
-        raise UserError(
-            f"[cache] cell = {recipe.cache.cell} divides a crop of {recipe.data.crop} into {parts} parts a side, and "
-            f"[method.region] grid = {grid}; cell must be at most {max(4, recipe.data.crop // grid)}"
-        )
     sums = _checksums(images, recipe.data.workers, accelerator)
     wanted = {
         "format": FORMAT,
@@ -60,30 +56,43 @@ def cached_targets(
         "precision": accelerator.mixed_precision,
         "teachers": {name: {"weights": fingerprint(teachers[name]), "kinds": sorted(kinds[name])} for name in kinds},
     }
-    whole = not restart and _is_whole(folder)
-    # One that is whole is only read, by any number of runs at once.
-    with hold(folder) if accelerator.is_main_process and not whole else contextlib.nullcontext():
-        manifest = _open_folder(folder, wanted, recipe, restart) if accelerator.is_main_process else wanted
-        manifest = gather_object([manifest])[0]
-        if not whole:
-            _fill(folder, manifest, teachers, images, recipe.cache, recipe.data.workers, accelerator)
+    manifest, missing = wanted, []
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            if restart or not _is_whole(folder):  # one that is whole is only read, by any number of runs at once
+                held.enter_context(hold(folder, "or give the cache another folder: --set cache.folder=..."))
+            manifest, missing = _open_folder(folder, wanted, recipe, restart)
+        manifest, missing = gather_object([(manifest, missing)])[0]  # as the main process saw it
+        if missing:
+            _fill(folder, manifest, missing, teachers, images, recipe, accelerator)
     return CachedTargets(folder, manifest, kinds)
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether every shard is there."""
     path = folder / "manifest.json"
-    if not path.exists():
-        return False
-    count = len(read_json(path, ("ids",))["ids"])
-    return all(shard_path(folder, number).exists() for number in range(-(-count // IMAGES_PER_SHARD)))
+    return path.exists() and not _missing(folder, _read_manifest(path, ("ids",)))
+
+
+def _missing(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
+    """Numbers of the shards that are not there."""
+    numbers = range(-(-len(manifest["ids"]) // IMAGES_PER_SHARD))
+    return [number for number in numbers if not shard_path(folder, number).exists()]
+
+
+def _read_manifest(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        return read_json(path, keys)
+    except UserError as error:
+        raise UserError(
+            f"{path} cannot be used ({str(error).partition(';')[0]}); write the cache anew: "
+            "stages/cache_teachers.py --restart"
+        ) from error
 
 
 def compare(
     targets: CachedTargets,
     teachers: Mapping[str, nn.Module],
     pairs: TrainingPairs,
-    grid: int,
     accelerator: Accelerator,
     count: int = 32,
 ) -> list[dict[str, Any]]:
@@ -93,7 +102,6 @@ def compare(
         targets: the cache.
         teachers: loaded networks by name.
         pairs: the samples of the run, with the cache's targets.
-        grid: regions a side of the region loss.
         accelerator: device and precision.
         count: unlabelled crops that are compared.
 
@@ -103,13 +111,11 @@ def compare(
     """
     rows = []
     for name, kinds in targets.kinds.items():
-        network, sums = (
-            teachers[name].to(accelerator.device).eval(),
-            dict.fromkeys(("same", "logits", "size", "cosine"), 0.0),
-        )
+        network = teachers[name].to(accelerator.device).eval()
+        sums = dict.fromkeys(("same", "logits", "size", "cosine"), 0.0)
         for position in range(count):
             sample = pairs[position]
-            with accelerator.autocast(), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+            with accelerator.autocast(), torch.inference_mode():
                 logits, features = (
                     value.float().cpu() for value in network(sample["unlabeled"][None].to(accelerator.device))
                 )
@@ -121,7 +127,7 @@ def compare(
                 sums["logits"] += (found["logits"].mean((2, 3)) - logits.mean((2, 3))).abs().mean().item()
                 sums["size"] += logits.mean((2, 3)).abs().mean().item()
             if "features" in found:
-                online, cached = (self_correlation(value, grid) for value in (features, found["features"]))
+                online, cached = (self_correlation(value, GRID) for value in (features, found["features"]))
                 sums["cosine"] += (online - cached).abs().mean().item()
         network.cpu()
         rows.append(
@@ -136,30 +142,37 @@ def compare(
     return rows
 
 
-def _open_folder(folder: Path, wanted: Mapping[str, Any], recipe: Recipe, restart: bool) -> Mapping[str, Any]:
-    """Return the manifest of the cache that is there, if it serves; else begin one."""
+def _open_folder(
+    folder: Path, wanted: Mapping[str, Any], recipe: Recipe, restart: bool
+) -> tuple[Mapping[str, Any], list[int]]:
+    """Return the manifest of the cache that is there, if it serves, else begin one; and the shards that it lacks."""
     path = folder / "manifest.json"
     if restart:
         for old in [*folder.glob("shard-*.safetensors"), path]:
             old.unlink(missing_ok=True)
-    if path.exists():
-        there = read_json(path, tuple(wanted))
-        if not (problems := _unfit(there, wanted)):
-            return there
+    if not path.exists():
+        if any(not other.name.startswith(".") for other in folder.glob("*")):
+            raise UserError(f"{folder} holds files and no manifest.json; name another: --set cache.folder=...")
+        write_json(path, wanted)
+        return wanted, _missing(folder, wanted)
+    there = _read_manifest(path, tuple(wanted))
+    missing = _missing(folder, there)
+    if problems := _unfit(there, wanted, bool(missing)):
         raise UserError(
             f"{folder} does not fit this run: {'; '.join(problems)}. Write it anew: python stages/cache_teachers.py "
             f"--recipe {recipe.source} --restart, or keep both: --set cache.folder=..."
         )
-    if any(not other.name.startswith(".") for other in folder.glob("*")):  # but for torn writes
-        raise UserError(f"{folder} holds files and no manifest.json; name another: --set cache.folder=...")
-    write_json(path, wanted)
-    return wanted
+    for torn in folder.glob(".shard-*") if missing else ():
+        torn.unlink()
+    return there, missing
 
 
-def _unfit(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Say why a cache does not serve; more images, teachers or kinds than are wanted do no harm."""
-    settings = ("format", "image_scale", "scales", "flip", "cell")
-    problems = [f"{key} is {there[key]!r}, not {wanted[key]!r}" for key in settings if there[key] != wanted[key]]
+def _unfit(there: Mapping[str, Any], wanted: Mapping[str, Any], is_to_be_filled: bool) -> list[str]:
+    """Say why a cache does not serve; more images, teachers or kinds than are wanted do no harm once it is whole."""
+    apart = {"ids", "checksums", "teachers"} | (set() if is_to_be_filled else {"precision"})
+    problems = [
+        f"{key} is {there[key]!r}, not {wanted[key]!r}" for key in wanted.keys() - apart if there[key] != wanted[key]
+    ]
     known = dict(zip(there["ids"], there["checksums"], strict=True))
     pairs = list(zip(wanted["ids"], wanted["checksums"], strict=True))
     if missing := [name for name, _ in pairs if name not in known]:
@@ -169,67 +182,56 @@ def _unfit(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     for name, teacher in wanted["teachers"].items():
         other = there["teachers"].get(name)
         if other is None or other["weights"] != teacher["weights"]:
-            problems.append(f"[teachers.{name}] has other weights than the cached one")
+            problems.append(f"[teachers.{name}] is another network than the cached one")
         elif lacking := sorted(set(teacher["kinds"]) - set(other["kinds"])):
             problems.append(f"it lacks {', '.join(lacking)} of [teachers.{name}]")
-    return problems
+    if is_to_be_filled and (there["teachers"].keys() - wanted["teachers"].keys() or known.keys() - set(wanted["ids"])):
+        problems.append("it was begun for more images or teachers, and is not complete")
+    return sorted(problems)
 
 
 def _fill(
     folder: Path,
     manifest: Mapping[str, Any],
+    missing: list[int],
     teachers: Mapping[str, nn.Module],
     images: Images,
-    section: TeacherCache,
-    workers: int,
+    recipe: Recipe,
     accelerator: Accelerator,
 ) -> None:
-    """Write the shards that are not there yet, each process its share."""
-    place = {name: index for index, name in enumerate(images.ids)}
-    numbers = range(-(-len(manifest["ids"]) // IMAGES_PER_SHARD))
-    accelerator.wait_for_everyone()  # before one has written a shard that another would count as there
-    missing = [number for number in numbers if not shard_path(folder, number).exists()]
-    accelerator.wait_for_everyone()
-    if not missing:
-        return
-    kinds = {name: teacher["kinds"] for name, teacher in manifest["teachers"].items()}
-    if [name for name in manifest["ids"] if name not in place] or kinds.keys() - teachers.keys():
-        raise UserError(
-            f"{folder} is not complete, and was begun for more images or teachers than this run has; let "
-            "stages/cache_teachers.py with the recipe that began it end it, or --set cache.folder=..."
-        )
+    """Write the shards that are missing, each process its share."""
+    kinds = {name: {*teacher["kinds"]} for name, teacher in manifest["teachers"].items()}
     networks = {name: teachers[name].to(accelerator.device).eval() for name in kinds}
+    ids, place = manifest["ids"], {name: index for index, name in enumerate(images.ids)}
     shards = {
-        number: range(number * IMAGES_PER_SHARD, min((number + 1) * IMAGES_PER_SHARD, len(manifest["ids"])))
+        number: range(number * IMAGES_PER_SHARD, min((number + 1) * IMAGES_PER_SHARD, len(ids)))
         for number in missing[accelerator.process_index :: accelerator.num_processes]
     }
-    order = [index for shard in shards.values() for index in shard]
-    decoded = _decoded(images, [place[manifest["ids"][index]] for index in order], _pixels, workers)
-    total = sum(min(IMAGES_PER_SHARD, len(manifest["ids"]) - number * IMAGES_PER_SHARD) for number in missing)
-    bar = tqdm(
-        total=total,
-        desc=f"{folder.name}: teachers",
-        unit="img",
-        leave=False,
-        disable=None if accelerator.is_main_process else True,
-    )
-    with bar, accelerator.autocast(), torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+    order = [place[ids[index]] for shard in shards.values() for index in shard]
+    decoded = _each(images, order, _pixels, recipe.data.workers)
+    silent = None if accelerator.is_main_process else True  # None: shown on a terminal
+    bar = tqdm(total=len(order), desc=f"{folder.name}: teachers", unit="img", leave=False, disable=silent)
+    with bar, accelerator.autocast(), torch.inference_mode():
         for number, shard in shards.items():
             tensors = {}
             for index in shard:
                 image = next(decoded)[None].to(accelerator.device)
                 for name, network in networks.items():
-                    for kind, tensor in _targets(network, image, section, name).items():
+                    for kind, tensor in _targets(
+                        network, image, recipe.cache, f"[teachers.{name}]", ids[index]
+                    ).items():
                         if kind in kinds[name] or (kind == "confidence" and "labels" in kinds[name]):
                             tensors[f"{index}/{name}/{kind}"] = tensor.cpu().contiguous()
-                bar.update(accelerator.num_processes)
-            write_shard(folder, number, tensors)
+                bar.update()
+            write_shard(folder, number, manifest, tensors)
     for network in networks.values():
         network.cpu()
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # the memory of the run that follows is its own
     accelerator.wait_for_everyone()
 
 
-def _targets(network: nn.Module, image: Tensor, section: TeacherCache, name: str) -> dict[str, Tensor]:
+def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: str, name: str) -> dict[str, Tensor]:
     """Predict one image `[1, 3, H, W]`; see mgd/data/targets.py for what is returned."""
     size = image.shape[-2:]
     coarse = [-(-side // section.cell) for side in size]
@@ -243,10 +245,15 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, name: str
         for mirrored in (False, True) if section.flip else (False,):
             try:
                 seen = network(scaled.flip(-1) if mirrored else scaled)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{title}: no memory for the whole of {name}, {scaled.shape[-1]}x{scaled.shape[-2]} pixels; "
+                    'use smaller [cache] scales, or [teachers] mode = "online"'
+                ) from error
             except (RuntimeError, AssertionError, ValueError) as error:
                 reason = " ".join(str(error).split())[:160]
                 raise UserError(
-                    f"[teachers.{name}] cannot see whole images of {scaled.shape[-1]}x{scaled.shape[-2]}: {reason}; "
+                    f"{title} cannot see the whole of {name}, {scaled.shape[-1]}x{scaled.shape[-2]} pixels: {reason}; "
                     'use [teachers] mode = "online"'
                 ) from error
             maps = [value.flip(-1) if mirrored else value for value in seen]
@@ -256,12 +263,15 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, name: str
     logits = logits / count
     fine = [-(-side // CONFIDENCE_STRIDE) for side in size]
     confidence = functional.interpolate(logits.softmax(dim=1).amax(dim=1, keepdim=True), size=fine, mode="area")
-    return {
+    found = {
         "labels": logits.argmax(dim=1)[0].to(torch.uint8),
         "confidence": (confidence[0, 0] * 255).round().to(torch.uint8),
         "logits": functional.interpolate(logits, size=coarse, mode="area")[0].half(),
         "features": (features / count)[0].half(),
     }
+    if not all(found[kind].isfinite().all() for kind in ("logits", "features")):
+        raise UserError(f"{title} predicts values for {name} that are no number, or too large; train it anew")
+    return found
 
 
 class _Each(Dataset):
@@ -275,7 +285,7 @@ class _Each(Dataset):
         return self.what(self.images, self.order[place])
 
 
-def _decoded(images: Images, order: list[int], what: Callable[[Images, int], Any], workers: int) -> Iterator[Any]:
+def _each(images: Images, order: list[int], what: Callable[[Images, int], Any], workers: int) -> Iterator[Any]:
     workers = min(workers, available_cpus()) if len(order) > 100 else 0  # processes take seconds to start
     return iter(
         DataLoader(_Each(images, order, what), batch_size=None, num_workers=workers, worker_init_fn=start_worker)
@@ -294,5 +304,5 @@ def _checksums(images: Images, workers: int, accelerator: Accelerator) -> list[i
     """CRC-32 of every image's file, each process its share."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
     share = list(range(rank, len(images), world_size))
-    found = gather_object(list(zip(share, map(int, _decoded(images, share, _checksum, workers)), strict=True)))
+    found = gather_object(list(zip(share, map(int, _each(images, share, _checksum, workers)), strict=True)))
     return [checksum for _, checksum in sorted(found)]

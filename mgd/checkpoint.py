@@ -14,7 +14,7 @@ from mgd.errors import UserError
 from mgd.files import write_aside
 
 FILE = "state.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 
@@ -60,9 +59,13 @@ def check_recipe(
     local_batch = per_process(recipe.optim.batch_size, accelerator.num_processes)
     if recipe.optim.sync_batchnorm and accelerator.device.type != "cuda":
         raise UserError('[optim] sync_batchnorm = true needs GPUs; without one use [student.head] norm = "group"')
-    compiler = os.environ.get("CXX", "g++")
-    if recipe.run.compile and accelerator.device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(f"[run] compile = true needs a C++ compiler on a CPU, and there is no {compiler}; leave it out")
+    compilers = ("g++", "clang++") if accelerator.device.type == "cpu" else ("cc", "gcc", "clang")
+    if recipe.run.compile and not any(map(shutil.which, compilers)):
+        raise UserError(
+            f"[run] compile = true needs a compiler, {' or '.join(compilers)}; install one, or leave it out"
+        )
+    if recipe.cache and recipe.cache_dir == recipe.run_dir:
+        raise UserError(f"[cache] folder = {recipe.cache.folder!r} is the folder of the run; name another")
     for name, teacher in (teachers or {}).items():
         check_classes(load_splits(recipe.data), teacher, f"[teachers.{name}]")
     if recipe.cache and recipe.data.unlabeled and recipe.data.unlabeled.streaming:

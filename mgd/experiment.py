@@ -74,6 +74,10 @@ def _run(
     """Do what `run_recipe` promises, with everything checked and the folder held."""
     folder = recipe.run_dir
     method_class = METHODS.get(recipe.method.name)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
+            open_folder(recipe, partition, fingerprints, restart)
     seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
         networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed) for seed in seeds]
@@ -92,10 +96,6 @@ def _run(
     pool = Pool(recipe.data.unlabeled) if partition.streamed and method_class.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)
     num_steps = total_steps(recipe.optim, len(partition.labeled), partition.num_unlabeled)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
-            open_folder(recipe, partition, fingerprints, restart)
     accelerator.print(
         f"{folder}: {recipe.method.name} {recipe.student.backbone}, {len(partition.labeled)} labelled / "
         f"{partition.unlabeled_text} unlabelled, {num_steps} steps of {recipe.optim.batch_size}, "

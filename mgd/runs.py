@@ -27,7 +27,7 @@ except ImportError:  # Windows
 
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
-    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "cache.folder"),
+    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile"),
     *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
     *("reference.miou", "reference.source"),
 }
@@ -63,8 +63,12 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep a run folder to this process: two that write it at once would ruin each other's run.
+def hold(folder: Path, instead: str = "or give this run another name: --set run.name=...") -> Iterator[None]:
+    """Keep a folder to this process: two that write it at once would ruin each other's work.
+
+    Args:
+        folder: of a run, or a cache.
+        instead: what else than waiting there is to do.
 
     Raises:
         UserError: another process holds it.
@@ -83,7 +87,7 @@ def hold(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{folder} is being written by another process (pid {file.read().strip() or 'unknown'}); wait for it, "
-                "stop it, or give this run another name: --set run.name=..."
+                f"stop it, {instead}"
             ) from error
         except OSError:
             pass  # a file system without locks

@@ -1,6 +1,7 @@
 """Run the teachers of a recipe once over all its training images, for [teachers] mode = "cached".
 
-python stages/cache_teachers.py --recipe recipes/quickstart.toml --set teachers.mode=cached
+python stages/cache_teachers.py --recipe recipes/quickstart.toml --set teachers.mode=cached \
+    --set method.remix=predictions --set cache.cell=8
 """
 
 import os
@@ -42,7 +43,7 @@ def main() -> None:
     targets = cached_targets(recipe, accelerator, teachers, images, args.restart)
     if accelerator.is_main_process:
         pairs = training_pairs(recipe, splits, partition, targets)
-        cli.print_rows(compare(targets, teachers, pairs, recipe.method.region.grid, accelerator), args.json)
+        cli.print_rows(compare(targets, teachers, pairs, accelerator), args.json)
         print(
             f"{recipe.cache_dir}: {len(images)} images, {targets.bytes_per_image() / 1024:.0f} KiB each; "
             "cached against online predictions of 32 crops"

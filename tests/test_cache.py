@@ -1,5 +1,7 @@
 """Cached teachers: what is kept, that training with it is the same step, and what is refused."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.utils.data import default_collate
 
 from mgd.cache import cached_targets, compare
 from mgd.checks import check_recipe
-from mgd.data.targets import shard_path
+from mgd.data.targets import CachedTargets, shard_path
+from mgd.data.transforms import View
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe, training_images, training_pairs
 from mgd.methods.mgd import MGD
@@ -18,6 +21,8 @@ from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.recipe import load, parse_model
 
 TERMS = {"pixel": {"teachers": ["a", "b"]}, "image": {"teachers": ["a"]}, "region": {"teachers": ["b"], "grid": 3}}
+
+VIEW = View((0, 0, 32, 32), (32, 32), (0, 0), False)
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def cached(write_recipe, tmp_path):
         teachers = {"mode": "cached", **{name: {"checkpoint": str(tmp_path / name)} for name in ("a", "b")}}
         changes = {
             "teachers": teachers,
-            "method": {"name": "mgd", **TERMS} | (method or {}),
+            "method": {"name": "mgd", "remix": "predictions", **TERMS} | (method or {}),
             "cache": {"cell": 8} | (cache or {}),
         }
         return load(write_recipe(data=data or {}, **changes), overrides)
@@ -93,9 +98,7 @@ def test_what_is_kept_is_what_the_teacher_says_of_the_whole_image(cached):
 
 
 def test_the_losses_are_those_of_online_teachers_where_the_crop_is_the_image(cached):
-    recipe = cached(
-        data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4}, method={"remix": "predictions"}
-    )
+    recipe = cached(data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
     teachers, _, _, pairs = made(recipe)
     classes = recipe.data.class_names()
     student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5)
@@ -110,13 +113,13 @@ def test_the_losses_are_those_of_online_teachers_where_the_crop_is_the_image(cac
 def test_compare_says_how_far_the_crops_own_predictions_are(cached):
     near = cached(data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
     teachers, _, targets, pairs = made(near)
-    first, second = compare(targets, teachers, pairs, 3, Accelerator(), count=4)
+    first, second = compare(targets, teachers, pairs, Accelerator(), count=4)
     assert first["same class %"] == 100 and first["pooled logits off by"] < 1e-3 * first["of"] + 1e-3
     assert second["cosines off by"] < 1e-3 and first["cosines off by"] is None
     assert 0 < targets.bytes_per_image() < 20_000
     far = cached("cache.folder=far")
     teachers, _, targets, pairs = made(far)
-    assert compare(targets, teachers, pairs, 3, Accelerator(), count=4)[0]["same class %"] < 100
+    assert compare(targets, teachers, pairs, Accelerator(), count=4)[0]["same class %"] < 100
 
 
 def test_a_run_with_cached_teachers_is_taken_up_to_the_bit(cached, tmp_path, monkeypatch):
@@ -151,7 +154,12 @@ def test_only_what_is_missing_is_written_again(cached, monkeypatch):
     before = [path.read_bytes() for path in paths]
     times = [path.stat().st_mtime_ns for path in paths]
     paths[1].unlink()
+    torn = recipe.cache_dir / ".shard-00001.safetensors.99"
+    torn.write_bytes(b"x")
+    with pytest.raises(UserError, match="it was begun for more images or teachers, and is not complete"):
+        made(cached("partition.labeled=1", "partition.unlabeled=3"))
     made(recipe)
+    assert not torn.exists()
     assert [path.read_bytes() for path in paths] == before
     assert [path.stat().st_mtime_ns == time for path, time in zip(paths, times, strict=True)] == [True, False, True]
     made(recipe, restart=True)
@@ -176,12 +184,12 @@ def test_a_stale_cache_is_refused(cached, tmp_path):
     with torch.no_grad():
         network.head.classifier.bias += 1
     network.save(tmp_path / "a")
-    with pytest.raises(UserError, match=r"\[teachers.a\] has other weights than the cached one"):
+    with pytest.raises(UserError, match=r"\[teachers.a\] is another network than the cached one"):
         made(recipe)
 
 
 def test_what_cannot_be_cached_is_said_at_once(cached, tmp_path, write_recipe):
-    with pytest.raises(UserError, match=r"name = 'kd' needs \[teachers\] mode = .online"):
+    with pytest.raises(UserError, match=r"tiny.toml: \[method\] name = 'kd' needs \[teachers\] mode = .online"):
         load(
             write_recipe(
                 teachers={"mode": "cached", "a": {"checkpoint": "x"}}, method={"name": "kd", "distill_from": ["a"]}
@@ -189,10 +197,12 @@ def test_what_cannot_be_cached_is_said_at_once(cached, tmp_path, write_recipe):
         )
     with pytest.raises(UserError, match=r'\[teachers\] mode: .often.; choices: "online", "cached"'):
         load(write_recipe(teachers={"mode": "often"}))
-    with pytest.raises(
-        UserError, match=r"cell = 16 divides a crop of 32 into 2 parts a side, and .* grid = 3; .*at most 10"
-    ):
-        made(cached("cache.cell=16"))
+    with pytest.raises(UserError, match=r"region.grid = 3 is finer than the 2 cells a side"):
+        cached("cache.cell=16")
+    with pytest.raises(UserError, match=r"set \[method\] remix = .predictions"):
+        cached("method.remix=images")
+    with pytest.raises(UserError, match="folder = 'tiny' is the folder of the run"):
+        made(cached("cache.folder=tiny"))
     stream = {"parquet": str(tmp_path), "streaming": True}
     with pytest.raises(UserError, match="a stream needs mode = .online"):
         made(cached(data={"unlabeled": stream}))
@@ -201,3 +211,80 @@ def test_what_cannot_be_cached_is_said_at_once(cached, tmp_path, write_recipe):
     with pytest.raises(UserError, match="mine holds files and no manifest.json"):
         made(cached("cache.folder=mine"), restart=True)
     assert (tmp_path / "runs" / "mine" / "thesis.txt").exists()
+
+
+def test_a_teacher_of_the_same_weights_and_another_architecture_is_another(cached, tmp_path):
+    recipe = cached()
+    made(recipe)
+    path = tmp_path / "a" / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["head"]["aspp_rates"] = [3, 5]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"\[teachers.a\] is another network"):
+        made(recipe)
+
+
+def test_a_damaged_manifest_and_shards_of_another_cache(cached):
+    recipe = cached()
+    _, _, targets, pairs = made(recipe)
+    manifest = recipe.cache_dir / "manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[:-40])
+    with pytest.raises(UserError, match="manifest.json cannot be used .*stages/cache_teachers.py --restart"):
+        made(recipe)
+    manifest.write_text(whole)
+    made(cached("cache.scales=[2.0]"), restart=True)  # while a run still reads the old one
+    with pytest.raises(UserError, match="is of another cache than the run began with"):
+        CachedTargets(targets.folder, json.loads(whole), targets.kinds).cut(pairs.labeled.ids[0], (48, 48), VIEW, 32)
+
+
+def test_a_teacher_that_says_no_number_is_named(cached, tmp_path):
+    recipe = cached()
+    network = load_segmenter(tmp_path / "a")
+    with torch.no_grad():
+        network.head.classifier.bias += 1e6  # beyond half precision
+    network.save(tmp_path / "a")
+    with pytest.raises(
+        UserError, match=r"\[teachers.a\] predicts values for train-0000.. that are no number, or too large"
+    ):
+        made(recipe)
+
+
+def test_scaled_images(cached):
+    recipe = cached("data.image_scale=0.75", data={"crop": 32, "scales": [1.0, 1.5]})
+    _, _, targets, pairs = made(recipe)
+    assert load_file(shard_path(recipe.cache_dir, 0))["0/a/labels"].shape == (36, 36)
+    assert pairs[0]["unlabeled/a/labels"].shape == (32, 32)
+
+
+def test_padding_counts_on_no_process(cached, monkeypatch):
+    """The mean over all processes is that over all pixels, however padding is spread."""
+    recipe = cached(data={"scales": [0.5, 1.0, 1.5]})
+    _, _, _, pairs = made(recipe)
+    classes = recipe.data.class_names()
+    student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5).eval()
+    samples = [pairs[position] for position in range(4)]
+    whole = MGD(recipe.method, [student]).step(default_collate(samples), 0).log
+    halves = [default_collate(samples[:2]), default_collate(samples[2:])]
+    totals = {}  # what all_reduce would bring: first pass notes the counts, second pass sums them
+
+    def local(mean, count):
+        totals.setdefault(len(totals), count.double())
+        return mean
+
+    monkeypatch.setattr("mgd.methods.mgd.balance_processes", local)
+    monkeypatch.setattr("mgd.methods.base.balance_processes", lambda mean, count: mean)
+    for half in halves:
+        MGD(recipe.method, [student]).step(half, 0)
+    assert len(totals) == 4
+    turn = iter(range(4))
+
+    def balanced(mean, count):
+        place = next(turn)
+        return mean * (count * 2 / (totals[place % 2] + totals[place % 2 + 2]))
+
+    monkeypatch.setattr("mgd.methods.mgd.balance_processes", balanced)
+    parts = [MGD(recipe.method, [student]).step(half, 0).log for half in halves]
+    for key in ("loss_pixel_labeled", "loss_pixel_unlabeled"):
+        mean = (parts[0][key] + parts[1][key]).item() / 2
+        assert mean == pytest.approx(whole[key].item(), rel=1e-5), key

@@ -148,7 +148,7 @@ class TrainingPairs(Dataset):
         view = self.view(*image.size, stream, position)
         return {
             f"{key}/{what}": value
-            for what, value in self.targets.cut(name, image.size, view, self.section.crop).items()
+            for what, value in self.targets.cut(name, image.size, view, self.section.crop, stream == LABELED).items()
         }
 
     def _read(self, images: Images, stream: int, position: int) -> tuple[str, PIL.Image.Image, np.ndarray | None]:

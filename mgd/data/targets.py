@@ -10,6 +10,8 @@ features    `[C, ceil(H / cell), ceil(W / cell)]` float16, likewise: the decoder
 """
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from mgd.errors import UserError
 from mgd.files import write_aside
 
 FORMAT = 1
-IMAGES_PER_SHARD = 64
+IMAGES_PER_SHARD = 32
 CONFIDENCE_STRIDE = 4
 
 
@@ -34,9 +36,15 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def write_shard(folder: Path, number: int, tensors: Mapping[str, Tensor]) -> None:
+def digest(manifest: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of a manifest, which its shards carry."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def write_shard(folder: Path, number: int, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write one shard, whole or not at all; `tensors` by the names that the module's docstring gives."""
-    write_aside(shard_path(folder, number), lambda path: save_file(dict(tensors), path))
+    header = {"manifest": digest(manifest)}
+    write_aside(shard_path(folder, number), lambda path: save_file(dict(tensors), path, metadata=header))
 
 
 class CachedTargets:
@@ -49,7 +57,7 @@ class CachedTargets:
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]]) -> None:
-        self.folder, self.kinds, self.cell = folder, dict(kinds), manifest["cell"]
+        self.folder, self.kinds, self.cell, self.digest = folder, dict(kinds), manifest["cell"], digest(manifest)
         self.places = {name: index for index, name in enumerate(manifest["ids"])}
 
     def bytes_per_image(self) -> float:
@@ -57,7 +65,9 @@ class CachedTargets:
         files = {shard_path(self.folder, index // IMAGES_PER_SHARD) for index in self.places.values()}
         return sum(file.stat().st_size for file in files) / len(self.places)
 
-    def cut(self, name: str, size: tuple[int, int], view: View, crop: int) -> dict[str, Tensor]:
+    def cut(
+        self, name: str, size: tuple[int, int], view: View, crop: int, labels_only: bool = False
+    ) -> dict[str, Tensor]:
         """Return what the teachers saw in a crop.
 
         Args:
@@ -65,6 +75,7 @@ class CachedTargets:
             size: width and height of the image, pixels.
             view: what the crop shows of it.
             crop: side of the crop, pixels.
+            labels_only: leave out logits and features.
 
         Returns:
             By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; logits and features `[C, g, g]` float32,
@@ -80,9 +91,9 @@ class CachedTargets:
         left, top, right, bottom = view.box
         found = {}
         try:
-            shard = _open(path)
+            shard = _open(path, self.digest)
             for teacher, kinds in self.kinds.items():
-                for kind in kinds:
+                for kind in ["labels"] * ("labels" in kinds) if labels_only else kinds:
                     stored = shard.get_slice(f"{index}/{teacher}/{kind}")
                     if kind == "labels":
                         if tuple(stored.get_shape()) != size[::-1]:
@@ -103,9 +114,12 @@ class CachedTargets:
 
 
 @functools.lru_cache(maxsize=512)
-def _open(path: Path) -> safe_open:
+def _open(path: Path, manifest: str) -> safe_open:
     """Open a shard for reading; a process keeps those it has opened."""
-    return safe_open(path, framework="pt")
+    shard = safe_open(path, framework="pt")
+    if (shard.metadata() or {}).get("manifest") != manifest:
+        raise UserError(f"{path} is of another cache than the run began with; start the run over: --restart")
+    return shard
 
 
 def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:

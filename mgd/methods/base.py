@@ -80,13 +80,22 @@ class Method:
             raise UserError(f"name = {config.name!r} has no teachers; remove [teachers]")
 
     @classmethod
-    def cached_kinds(cls, config: MethodSection) -> dict[str, tuple[str, ...]]:
-        """Which kinds of cached predictions the losses need of each teacher; see mgd/data/targets.py.
+    def check_cached(cls, config: MethodSection, parts: int) -> None:
+        """Check whether the method can learn from cached teachers.
+
+        Args:
+            config: the recipe's `[method]`.
+            parts: cells a side that a crop shows of the cached logits and features.
 
         Raises:
-            UserError: the method needs its teachers online.
+            UserError: it needs them online, or smaller cells.
         """
-        raise UserError(f'[method] name = {config.name!r} needs [teachers] mode = "online"')
+        raise UserError(f'name = {config.name!r} needs [teachers] mode = "online"')
+
+    @classmethod
+    def cached_kinds(cls, config: MethodSection) -> dict[str, tuple[str, ...]]:
+        """Which kinds of cached predictions the losses need of each teacher; see mgd/data/targets.py."""
+        raise NotImplementedError
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the loss of one optimiser step.
@@ -170,8 +179,8 @@ def balance_processes(local_mean: Tensor, count: Tensor) -> Tensor:
     something else on one process and on two.
 
     Args:
-        local_mean: scalar, mean over this process's items.
-        count: number of this process's items.
+        local_mean: mean over this process's items; of several means, as many numbers.
+        count: number of this process's items, of each mean.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return local_mean

@@ -1,6 +1,6 @@
 """MGD: a student under frozen teachers, distilled at pixel, image and region level."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -10,8 +10,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgd.data.cutmix import mix
+from mgd.errors import UserError
 from mgd.losses import mgd as losses
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look, num_processes
+from mgd.losses import supervised
+from mgd.methods.base import (
+    IGNORE_INDEX,
+    Batch,
+    Method,
+    MethodSection,
+    StepOutput,
+    balance_processes,
+    check_names,
+    check_used,
+    look,
+    num_processes,
+)
 from mgd.recipe import Section
 from mgd.registry import METHODS
 
@@ -83,6 +96,20 @@ class MGD(Method):
         check_used(used, teachers, "pixel.teachers, image.teachers or region.teachers")
 
     @classmethod
+    def check_cached(cls, config: MGDConfig, parts: int) -> None:
+        """Check that nothing is asked of cached teachers that they do not know."""
+        if config.remix == "images" and (config.image.teachers or config.region.teachers):
+            raise UserError(
+                'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '
+                '"predictions"'
+            )
+        if config.region.teachers and parts < config.region.grid:
+            raise UserError(
+                f"region.grid = {config.region.grid} is finer than the {parts} cells a side that [data] crop holds of "
+                "[cache] cell; make cell smaller, or grid"
+            )
+
+    @classmethod
     def cached_kinds(cls, config: MGDConfig) -> dict[str, tuple[str, ...]]:
         """Which kinds of cached predictions the losses need of each teacher."""
         terms = {"labels": config.pixel, "logits": config.image, "features": config.region}
@@ -113,7 +140,7 @@ class MGD(Method):
             for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
                 if where in config.pixel.on:
                     targets = [getattr(seen[name], where) for name in config.pixel.teachers]
-                    log[f"loss_pixel_{where}"] = losses.pixel_level(logits, targets)
+                    log[f"loss_pixel_{where}"] = self._pixel_level(logits, targets)
                     loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
         if config.image.teachers:
             # A sum over the batch is a sum over the global batch: the loop averages over processes.
@@ -130,12 +157,20 @@ class MGD(Method):
             loss = loss + config.region.weight * log["loss_region"]
         return StepOutput(loss, log)
 
+    def _pixel_level(self, logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
+        """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
+        if self.teachers:
+            return losses.pixel_level(logits, targets)
+        counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
+        return balance_processes(supervised.cross_entropies(logits, targets, IGNORE_INDEX), counts).sum()
+
     def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> "Seen":
         """Ask a teacher; of its outputs, which are large, only what the losses need outlives this."""
         config = self.config
         with torch.inference_mode():
             outputs = look(self.teachers[name], views, self._wanted(name))
-            classes = {view: outputs[view].logits.argmax(dim=1) for view in outputs if view != "mixed"}
+            asked = [view for view in outputs if view != "mixed" and name in config.pixel.teachers]
+            classes = {view: outputs[view].logits.argmax(dim=1) for view in asked}
             labeled = classes.get("labeled")
             unlabeled = _mix_classes(classes["first"], classes["second"], mask) if "first" in classes else None
             logits = features = None

@@ -92,9 +92,11 @@ def build_segmenter(section: ModelSection, classes: Sequence[str], colors: Seque
     return model.to(memory_format=torch.channels_last)
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Return a SHA-256 over all weights, to tell whether two networks are the same."""
-    digest = hashlib.sha256()
+def fingerprint(model: Segmenter) -> str:
+    """Return a SHA-256 over architecture, normalisation and weights, to tell whether two networks are the same."""
+    statistics = [model.mean.flatten().tolist(), model.std.flatten().tolist()]
+    built = model.section.model_dump(mode="json", exclude={"pretrained"})
+    digest = hashlib.sha256(json.dumps([built, statistics], sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

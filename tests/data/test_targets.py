@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mgd.data.targets import CachedTargets, cut_cells, shard_path, write_shard
+from mgd.data.targets import CachedTargets, cut_cells, digest, shard_path, write_shard
 from mgd.data.transforms import View, augment, draw_view
 from mgd.errors import UserError
 
@@ -49,13 +49,13 @@ def test_the_whole_image_gives_its_own_cells():
     assert torch.allclose(cut_cells(cells, (64, 64), view._replace(mirrored=True), 64, 4), cells.flip(-1), atol=1e-6)
 
 
-def write(folder, **changes):
+def write(folder):
     rng = np.random.default_rng(0)
     tensors = {}
     for index in range(2):
         tensors[f"{index}/t/labels"] = torch.from_numpy(rng.integers(0, 5, SIZE[::-1]).astype(np.uint8))
         tensors[f"{index}/t/logits"] = torch.from_numpy(rng.normal(size=(5, 5, 7))).half()
-    write_shard(folder, 0, tensors | changes)
+    write_shard(folder, 0, MANIFEST, tensors)
     return tensors
 
 
@@ -90,7 +90,7 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     elif damage == "gone":
         path.unlink()
     else:
-        save_file({"x": torch.zeros(1)}, path)
+        save_file({"x": torch.zeros(1)}, path, metadata={"manifest": digest(MANIFEST)})
     with pytest.raises(
         UserError, match="shard-00000.safetensors cannot be read: .*delete it, and stages/cache_teachers"
     ):

@@ -106,10 +106,12 @@ def test_decoder_trains_in_another_layout_with_the_same_gradients():
     plain = copy.deepcopy(model)
     for block in plain.head.decoder:
         block[0].__class__ = nn.Conv2d
-    image = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    image, layouts = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8), []
     for network in (model, plain):
+        network.head.decoder[1][0].register_forward_hook(lambda *args: layouts.append(args[2].is_contiguous()))
         logits, features = network(image)
         (logits.square().mean() + features.mean()).backward()
+    assert layouts == [True, False]
     assert model.head.decoder[0][0].weight.is_contiguous(memory_format=torch.channels_last)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6), name

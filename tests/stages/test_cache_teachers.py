@@ -17,7 +17,10 @@ def recipe_of(write_recipe, tmp_path, **changes):
     build_segmenter(base.student, classes, [(0, 0, 0)] * len(classes), 1).save(tmp_path / "a")
     teachers = {"mode": "cached", "a": {"checkpoint": str(tmp_path / "a")}} | changes
     return write_recipe(
-        teachers=teachers, method={"name": "mgd", **TERMS}, cache={"cell": 8}, data={"num_train": 70, "workers": 1}
+        teachers=teachers,
+        method={"name": "mgd", "remix": "predictions", **TERMS},
+        cache={"cell": 8},
+        data={"num_train": 70, "workers": 1},
     )
 
 
@@ -33,7 +36,7 @@ def test_two_processes_write_what_one_does(write_recipe, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     one, two = (sorted((tmp_path / "runs" / name).glob("[ms]*")) for name in ("teacher_cache-s0", "two"))
-    assert [path.name for path in one] == [path.name for path in two] and len(one) == 3
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 4
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
