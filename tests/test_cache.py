@@ -157,7 +157,7 @@ def test_only_what_is_missing_is_written_again(cached, monkeypatch):
     torn = recipe.cache_dir / ".shard-00001.safetensors.99"
     torn.write_bytes(b"x")
     with pytest.raises(UserError, match="it was begun for more images or teachers, and is not complete"):
-        made(cached("partition.labeled=1", "partition.unlabeled=3"))
+        made(cached("data.num_train=8"))
     made(recipe)
     assert not torn.exists()
     assert [path.read_bytes() for path in paths] == before
@@ -173,7 +173,7 @@ def test_a_stale_cache_is_refused(cached, tmp_path):
         UserError, match=r"does not fit this run: cell is 8, not 4\. Write it anew: .*--restart, or keep"
     ):
         made(cached("cache.cell=4"))
-    with pytest.raises(UserError, match=r"scales is \[1.0\], not \[1.0, 2.0\]; flip is False, not True"):
+    with pytest.raises(UserError, match=r"flip is False, not True; scales is \[1.0\], not \[1.0, 2.0\]"):
         made(cached("cache.scales=[1.0, 2.0]", "cache.flip=true"))
     with pytest.raises(UserError, match=r"it lacks features of \[teachers.a\]"):
         made(cached(method={"region": {"teachers": ["a"], "grid": 3}}))

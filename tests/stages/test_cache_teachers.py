@@ -16,12 +16,8 @@ def recipe_of(write_recipe, tmp_path, **changes):
     classes = base.data.class_names()
     build_segmenter(base.student, classes, [(0, 0, 0)] * len(classes), 1).save(tmp_path / "a")
     teachers = {"mode": "cached", "a": {"checkpoint": str(tmp_path / "a")}} | changes
-    return write_recipe(
-        teachers=teachers,
-        method={"name": "mgd", "remix": "predictions", **TERMS},
-        cache={"cell": 8},
-        data={"num_train": 70, "workers": 1},
-    )
+    method = {"name": "mgd", "remix": "predictions", **TERMS}
+    return write_recipe(teachers=teachers, method=method, cache={"cell": 8}, data={"num_train": 70, "workers": 1})
 
 
 def test_two_processes_write_what_one_does(write_recipe, tmp_path):
