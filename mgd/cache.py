@@ -4,18 +4,28 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mgd.data.loaders import Images, TrainingPairs, available_cpus, start_worker
-from mgd.data.targets import CONFIDENCE_STRIDE, FORMAT, IMAGES_PER_SHARD, CachedTargets, shard_path, write_shard
+from mgd.data.targets import (
+    CONFIDENCE_STRIDE,
+    FORMAT,
+    IMAGES_PER_SHARD,
+    CachedTargets,
+    digest,
+    serves,
+    shard_path,
+    write_shard,
+)
 from mgd.data.transforms import IGNORE_INDEX, to_tensor
 from mgd.errors import UserError
 from mgd.files import read_json, write_json
@@ -59,34 +69,46 @@ def cached_targets(
     manifest, missing = wanted, []
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
-            if restart or not _is_whole(folder):  # one that is whole is only read, by any number of runs at once
+            path = folder / "manifest.json"
+            # One that is whole is only read, by any number of runs at once.
+            if restart or not path.exists() or _missing(folder, _read_manifest(path, recipe)):
                 held.enter_context(hold(folder, "or give the cache another folder: --set cache.folder=..."))
             manifest, missing = _open_folder(folder, wanted, recipe, restart)
         manifest, missing = gather_object([(manifest, missing)])[0]  # as the main process saw it
         if missing:
             _fill(folder, manifest, missing, teachers, images, recipe, accelerator)
-    return CachedTargets(folder, manifest, kinds)
+    return CachedTargets(folder, manifest, kinds, recipe.command_of("cache_teachers"))
 
 
-def _is_whole(folder: Path) -> bool:
-    path = folder / "manifest.json"
-    return path.exists() and not _missing(folder, _read_manifest(path, ("ids",)))
+class _Teacher(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    weights: str
+    kinds: list[str]
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    ids: Annotated[list[str], Field(min_length=1)]
+    checksums: list[int]
+    teachers: dict[str, _Teacher]
+
+
+def _read_manifest(path: Path, recipe: Recipe) -> dict[str, Any]:
+    try:
+        found = read_json(path, ("format",))
+        checked = _Manifest.model_validate(found)
+        if len(checked.ids) != len(checked.checksums):
+            raise ValueError("as many checksums as ids")
+    except (UserError, ValueError) as error:
+        remedy = f"write the cache anew: {recipe.command_of('cache_teachers')} --restart"
+        raise UserError(f"{path} cannot be used, it is damaged or no manifest of a cache; {remedy}") from error
+    return found
 
 
 def _missing(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
-    """Numbers of the shards that are not there."""
-    numbers = range(-(-len(manifest["ids"]) // IMAGES_PER_SHARD))
-    return [number for number in numbers if not shard_path(folder, number).exists()]
-
-
-def _read_manifest(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        return read_json(path, keys)
-    except UserError as error:
-        raise UserError(
-            f"{path} cannot be used ({str(error).partition(';')[0]}); write the cache anew: "
-            "stages/cache_teachers.py --restart"
-        ) from error
+    """Numbers of the shards that are not there, or cannot serve."""
+    numbers, sought = range(-(-len(manifest["ids"]) // IMAGES_PER_SHARD)), digest(manifest)
+    return [number for number in numbers if not serves(shard_path(folder, number), sought)]
 
 
 def compare(
@@ -148,31 +170,45 @@ def _open_folder(
     """Return the manifest of the cache that is there, if it serves, else begin one; and the shards that it lacks."""
     path = folder / "manifest.json"
     if restart:
-        for old in [*folder.glob("shard-*.safetensors"), path]:
-            old.unlink(missing_ok=True)
+        _clear(folder)
     if not path.exists():
-        if any(not other.name.startswith(".") for other in folder.glob("*")):
+        if folder.exists() and any(not other.name.startswith(".") for other in folder.glob("*")):
             raise UserError(f"{folder} holds files and no manifest.json; name another: --set cache.folder=...")
         write_json(path, wanted)
         return wanted, _missing(folder, wanted)
-    there = _read_manifest(path, tuple(wanted))
+    there = _read_manifest(path, recipe)
     missing = _missing(folder, there)
     if problems := _unfit(there, wanted, bool(missing)):
         raise UserError(
-            f"{folder} does not fit this run: {'; '.join(problems)}. Write it anew: python stages/cache_teachers.py "
-            f"--recipe {recipe.source} --restart, or keep both: --set cache.folder=..."
+            f"{folder} does not fit this run: {'; '.join(problems)}. Write it anew: "
+            f"{recipe.command_of('cache_teachers')} --restart, or keep both: --set cache.folder=..."
         )
     for torn in folder.glob(".shard-*") if missing else ():
         torn.unlink()
     return there, missing
 
 
+def _clear(folder: Path) -> None:
+    """Delete the files of a cache, all or none.
+
+    Raises:
+        UserError: something else lies in their place.
+    """
+    old = [*folder.glob("shard-*.safetensors"), *folder.glob(".shard-*"), *folder.glob("manifest.json")]
+    if odd := [path for path in [folder, *old] if path.exists() and path.is_dir() != (path == folder)]:
+        raise UserError(f"{odd[0]} is no part of a cache; move it away, or name another: --set cache.folder=...")
+    try:
+        for path in old:  # the manifest last: what is there can still be told
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be deleted: {error.strerror}") from error
+
+
 def _unfit(there: Mapping[str, Any], wanted: Mapping[str, Any], is_to_be_filled: bool) -> list[str]:
     """Say why a cache does not serve; more images, teachers or kinds than are wanted do no harm once it is whole."""
     apart = {"ids", "checksums", "teachers"} | (set() if is_to_be_filled else {"precision"})
-    problems = [
-        f"{key} is {there[key]!r}, not {wanted[key]!r}" for key in wanted.keys() - apart if there[key] != wanted[key]
-    ]
+    differing = [key for key in wanted.keys() - apart if there.get(key) != wanted[key]]
+    problems = [f"{key} is {str(there.get(key))[:40]}, not {wanted[key]!r}" for key in differing]
     known = dict(zip(there["ids"], there["checksums"], strict=True))
     pairs = list(zip(wanted["ids"], wanted["checksums"], strict=True))
     if missing := [name for name, _ in pairs if name not in known]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -40,6 +41,18 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     )
     flags.add_argument("--json", metavar="FILE", type=output_file, help="also write the last table as JSON")
     return flags
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Argparse type: a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is too small; at least {least}")
+        return value
+
+    return number
 
 
 def output_file(text: str) -> str:
@@ -127,8 +140,17 @@ def run(main: Callable[[], None]) -> None:
     except Stopped as stop:
         sys.exit(_fail(f"stopped by {signal.Signals(stop.number).name}; {stop}", status=128 + stop.number))
     finally:
+        _end_workers()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _end_workers() -> None:
+    """Kill data workers that are left: they do not heed the SIGTERM by which Python would end them, and waits."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -296,7 +296,10 @@ class Recipe:
     @property
     def command(self) -> str:
         """The command that runs this recipe as it stands, overrides included."""
-        stage = "distill" if self.teachers else "teacher_cps"
+        return self.command_of("distill" if self.teachers else "teacher_cps")
+
+    def command_of(self, stage: str) -> str:
+        """Return the command of another stage for this recipe as it stands."""
         sets = "".join(f" --set {shlex.quote(override)}" for override in self.overrides)
         return f"accelerate launch stages/{stage}.py --recipe {shlex.quote(self.source)}{sets}"
 

@@ -25,13 +25,15 @@ def main() -> None:
     flags.add_argument(
         "--suite", choices=("costs", "step", "eval", "data"), default="costs", help="what is measured (costs)"
     )
-    flags.add_argument("--batch", type=int, default=2, help="step: labelled images, at least 2")
+    flags.add_argument("--batch", type=cli.at_least(2), default=2, help="step: labelled images, at least 2")
     flags.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
     )
     flags.add_argument("--compile", action="store_true", help="step: ours through torch.compile")
-    flags.add_argument("--repetitions", type=int, default=7, help="rounds that count; medians are printed")
-    flags.add_argument("--size", type=int, nargs="+", help="sides of the image, pixels; left out, the recipe's crop")
+    flags.add_argument("--repetitions", type=cli.at_least(1), default=7, help="rounds that count; medians are printed")
+    flags.add_argument(
+        "--size", type=cli.at_least(32), nargs="+", help="sides of the image, pixels; left out, the recipe's crop"
+    )
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     networks = {"student": recipe.student}

@@ -12,6 +12,7 @@ features    `[C, ceil(H / cell), ceil(W / cell)]` float16, likewise: the decoder
 import functools
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,26 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 def write_shard(folder: Path, number: int, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write one shard, whole or not at all; `tensors` by the names that the module's docstring gives."""
-    header = {"manifest": digest(manifest)}
+    sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    header = {"cache": json.dumps({"manifest": digest(manifest), "checksums": sums})}  # one key: their order varies
     write_aside(shard_path(folder, number), lambda path: save_file(dict(tensors), path, metadata=header))
+
+
+def serves(path: Path, manifest: str) -> bool:
+    """Whether a shard is there, opens, and is of the manifest with this digest; its tensors are not read."""
+    try:
+        with safe_open(path, framework="pt") as shard:
+            return _header(shard)["manifest"] == manifest
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _header(shard: safe_open) -> dict[str, Any]:
+    return json.loads(shard.metadata()["cache"])
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 class CachedTargets:
@@ -54,10 +73,14 @@ class CachedTargets:
         folder: the cache.
         manifest: its `manifest.json`.
         kinds: teacher -> kinds of tensors that are wanted of it.
+        remedy: the command that mends a damaged cache.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], kinds: Mapping[str, tuple[str, ...]], remedy: str
+    ) -> None:
         self.folder, self.kinds, self.cell, self.digest = folder, dict(kinds), manifest["cell"], digest(manifest)
+        self.remedy = remedy
         self.places = {name: index for index, name in enumerate(manifest["ids"])}
 
     def bytes_per_image(self) -> float:
@@ -86,40 +109,42 @@ class CachedTargets:
         """
         index = self.places.get(name)
         if index is None:
-            raise UserError(f"{self.folder} has no image {name}; write it anew: stages/cache_teachers.py --restart")
+            raise UserError(f"{self.folder} has no image {name}; write it anew: {self.remedy} --restart")
         path = shard_path(self.folder, index // IMAGES_PER_SHARD)
-        left, top, right, bottom = view.box
-        found = {}
+        found, parts = {}, -(-crop // self.cell)
         try:
-            shard = _open(path, self.digest)
             for teacher, kinds in self.kinds.items():
                 for kind in ["labels"] * ("labels" in kinds) if labels_only else kinds:
-                    stored = shard.get_slice(f"{index}/{teacher}/{kind}")
+                    stored = self._read(path, f"{index}/{teacher}/{kind}")
                     if kind == "labels":
-                        if tuple(stored.get_shape()) != size[::-1]:
+                        if tuple(stored.shape) != size[::-1]:
                             raise UserError(
                                 f"{path}: {name} is not of {size[0]}x{size[1]} pixels there; the image has changed: "
-                                "stages/cache_teachers.py --restart"
+                                f"{self.remedy} --restart"
                             )
-                        shown = view._replace(box=(0, 0, right - left, bottom - top))
-                        found[f"{teacher}/{kind}"] = cut_label(stored[top:bottom, left:right].numpy(), crop, shown)
+                        found[f"{teacher}/{kind}"] = cut_label(stored.numpy(), crop, view)
                     else:
-                        cells = -(-crop // self.cell)
-                        found[f"{teacher}/{kind}"] = cut_cells(stored[:].float(), size, view, crop, cells)
+                        found[f"{teacher}/{kind}"] = cut_cells(stored.float(), size, view, crop, parts)
         except (OSError, SafetensorError, KeyError) as error:
-            raise UserError(
-                f"{path} cannot be read: {error}; delete it, and stages/cache_teachers.py mends it"
-            ) from error
+            raise UserError(f"{path} cannot be read: {error}; delete it, and this mends it: {self.remedy}") from error
         return found
+
+    def _read(self, path: Path, name: str) -> Tensor:
+        shard, checksums = _open(path, self.digest)
+        tensor = shard.get_tensor(name)
+        if checksums[name] != _checksum(tensor):
+            raise UserError(f"{path} is damaged ({name}); delete it, and this mends it: {self.remedy}")
+        return tensor
 
 
 @functools.lru_cache(maxsize=512)
-def _open(path: Path, manifest: str) -> safe_open:
-    """Open a shard for reading; a process keeps those it has opened."""
+def _open(path: Path, manifest: str) -> tuple[safe_open, dict[str, int]]:
+    """Open a shard for reading, with the checksums of its tensors; a process keeps those it has opened."""
     shard = safe_open(path, framework="pt")
-    if (shard.metadata() or {}).get("manifest") != manifest:
+    header = _header(shard)
+    if header["manifest"] != manifest:
         raise UserError(f"{path} is of another cache than the run began with; start the run over: --restart")
-    return shard
+    return shard, header["checksums"]
 
 
 def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:

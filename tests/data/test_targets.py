@@ -1,10 +1,12 @@
 """Cached targets are cut like the image: against sampling many points, and against the image's own label."""
 
+import json
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mgd.data.targets import CachedTargets, cut_cells, digest, shard_path, write_shard
 from mgd.data.transforms import View, augment, draw_view
@@ -61,7 +63,7 @@ def write(folder):
 
 def test_labels_are_cut_like_those_of_the_image(tmp_path):
     tensors = write(tmp_path)
-    targets = CachedTargets(tmp_path, MANIFEST, {"t": ("labels", "logits")})
+    targets = CachedTargets(tmp_path, MANIFEST, {"t": ("labels", "logits")}, "mend")
     image = PIL.Image.new("RGB", SIZE)
     for seed in range(20):
         view = draw_view(*SIZE, CROP, (0.4, 1.0, 2.0), True, np.random.default_rng(seed))
@@ -73,15 +75,15 @@ def test_labels_are_cut_like_those_of_the_image(tmp_path):
 def test_what_does_not_fit_is_named(tmp_path):
     write(tmp_path)
     view = View((0, 0, 48, 48), (48, 48), (0, 0), False)
-    with pytest.raises(UserError, match="has no image c; .*--restart"):
-        CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}).cut("c", SIZE, view, CROP)
+    with pytest.raises(UserError, match="has no image c; .*mend --restart"):
+        CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}, "mend").cut("c", SIZE, view, CROP)
     with pytest.raises(UserError, match="a is not of 90x70 pixels there; the image has changed"):
-        CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}).cut("a", (90, 70), view, CROP)
+        CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}, "mend").cut("a", (90, 70), view, CROP)
     with pytest.raises(UserError, match="shard-00000.safetensors cannot be read: .*features.*delete it"):
-        CachedTargets(tmp_path, MANIFEST, {"t": ("features",)}).cut("a", SIZE, view, CROP)
+        CachedTargets(tmp_path, MANIFEST, {"t": ("features",)}, "mend").cut("a", SIZE, view, CROP)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "other", "flipped"])
 def test_a_damaged_shard_is_named(tmp_path, damage):
     write(tmp_path)
     path = shard_path(tmp_path, 0)
@@ -89,10 +91,18 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-100])
     elif damage == "gone":
         path.unlink()
+    elif damage == "flipped":
+        tensors = load_file(path)
+        at = path.read_bytes().index(tensors["0/t/labels"].numpy().tobytes())
+        with open(path, "r+b") as file:
+            file.seek(at + 9)
+            file.write(b"\x44")
     else:
-        save_file({"x": torch.zeros(1)}, path, metadata={"manifest": digest(MANIFEST)})
+        save_file(
+            {"x": torch.zeros(1)}, path, metadata={"cache": json.dumps({"manifest": digest(MANIFEST), "checksums": {}})}
+        )
     with pytest.raises(
-        UserError, match="shard-00000.safetensors cannot be read: .*delete it, and stages/cache_teachers"
+        UserError, match="shard-00000.safetensors (cannot be read|is damaged).*delete it, and this mends it: mend"
     ):
         view = View((0, 0, 48, 48), (48, 48), (0, 0), False)
-        CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}).cut("a", SIZE, view, CROP)
+        CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}, "mend").cut("a", SIZE, view, CROP)

@@ -40,3 +40,17 @@ def test_online_teachers_have_no_cache(write_recipe, tmp_path):
     done = run_stage("cache_teachers.py", "--recipe", recipe_of(write_recipe, tmp_path, mode="online"))
     assert done.returncode == 2 and "error: " in done.stderr and "--set teachers.mode=cached" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_shard_ends_a_run_with_workers_at_once(write_recipe, tmp_path):
+    """Workers do not heed SIGTERM; the run must not wait for them for ever."""
+    recipe = recipe_of(write_recipe, tmp_path)
+    assert run_stage("cache_teachers.py", "--recipe", recipe).returncode == 0
+    for path in (tmp_path / "runs" / "teacher_cache-s0").glob("shard-*"):
+        content = bytearray(path.read_bytes())
+        for place in range(len(content) // 2, len(content), 97):
+            content[place] ^= 1
+        path.write_bytes(content)
+    done = run_stage("distill.py", "--recipe", recipe)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "is damaged" in done.stderr and "this mends it: accelerate launch stages/cache_teachers.py" in done.stderr
