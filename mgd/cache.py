@@ -157,7 +157,7 @@ def compare(
                 "teacher": name,
                 "same class %": sums["same"] / count if "labels" in kinds else None,
                 "pooled logits off by": sums["logits"] / count if "logits" in kinds else None,
-                "of": sums["size"] / count if "logits" in kinds else None,
+                "of a mean size of": sums["size"] / count if "logits" in kinds else None,
                 "cosines off by": sums["cosine"] / count if "features" in kinds else None,
             }
         )

@@ -375,7 +375,7 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
         try:
             method.check(sections["method"], tuple(sections["teachers"]))
             if cached:
-                method.check_cached(sections["method"], -(-sections["data"].crop // cache.cell))
+                method.check_cached(sections["method"], sections["data"].crop, cache.cell)
         except UserError as error:
             errors.append(f"[method] {error}")
     if errors:

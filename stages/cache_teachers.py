@@ -45,8 +45,9 @@ def main() -> None:
         pairs = training_pairs(recipe, splits, partition, targets)
         cli.print_rows(compare(targets, teachers, pairs, accelerator), args.json)
         print(
-            f"{recipe.cache_dir}: {len(images)} images, {targets.bytes_per_image() / 1024:.0f} KiB each; "
-            "cached against online predictions of 32 crops"
+            f"{recipe.cache_dir}: {len(images)} images, {targets.bytes_per_image() / 1024:.0f} KiB each. In the table, "
+            "what was cached for whole images beside the teachers' view of 32 crops: pixels of the same class, pooled "
+            "logits (for L_I), cosines between regions (for L_R)"
         )
     accelerator.wait_for_everyone()
 

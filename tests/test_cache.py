@@ -114,7 +114,7 @@ def test_compare_says_how_far_the_crops_own_predictions_are(cached):
     near = cached(data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
     teachers, _, targets, pairs = made(near)
     first, second = compare(targets, teachers, pairs, Accelerator(), count=4)
-    assert first["same class %"] == 100 and first["pooled logits off by"] < 1e-3 * first["of"] + 1e-3
+    assert first["same class %"] == 100 and first["pooled logits off by"] < 1e-3 * first["of a mean size of"] + 1e-3
     assert second["cosines off by"] < 1e-3 and first["cosines off by"] is None
     assert 0 < targets.bytes_per_image() < 20_000
     far = cached("cache.folder=far")
@@ -200,7 +200,10 @@ def test_what_cannot_be_cached_is_said_at_once(cached, tmp_path, write_recipe):
         )
     with pytest.raises(UserError, match=r'\[teachers\] mode: .often.; choices: "online", "cached"'):
         load(write_recipe(teachers={"mode": "often"}))
-    with pytest.raises(UserError, match=r"region.grid = 3 is finer than the 2 cells a side"):
+    with pytest.raises(
+        UserError,
+        match=r"grid = 3 is finer than the 2 x 2 cells of \[cache\] cell = 16 in a crop of 32; cell may be at most 10",
+    ):
         cached("cache.cell=16")
     with pytest.raises(UserError, match=r"set \[method\] remix = .predictions"):
         cached("method.remix=images")

@@ -80,12 +80,13 @@ class Method:
             raise UserError(f"name = {config.name!r} has no teachers; remove [teachers]")
 
     @classmethod
-    def check_cached(cls, config: MethodSection, parts: int) -> None:
+    def check_cached(cls, config: MethodSection, crop: int, cell: int) -> None:
         """Check whether the method can learn from cached teachers.
 
         Args:
             config: the recipe's `[method]`.
-            parts: cells a side that a crop shows of the cached logits and features.
+            crop: side of a training crop, pixels.
+            cell: side of the cells over which cached logits and features are averaged, pixels.
 
         Raises:
             UserError: it needs them online, or smaller cells.

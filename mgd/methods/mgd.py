@@ -96,17 +96,17 @@ class MGD(Method):
         check_used(used, teachers, "pixel.teachers, image.teachers or region.teachers")
 
     @classmethod
-    def check_cached(cls, config: MGDConfig, parts: int) -> None:
+    def check_cached(cls, config: MGDConfig, crop: int, cell: int) -> None:
         """Check that nothing is asked of cached teachers that they do not know."""
         if config.remix == "images" and (config.image.teachers or config.region.teachers):
             raise UserError(
                 'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '
                 '"predictions"'
             )
-        if config.region.teachers and parts < config.region.grid:
+        if config.region.teachers and (parts := -(-crop // cell)) < config.region.grid:
             raise UserError(
-                f"region.grid = {config.region.grid} is finer than the {parts} cells a side that [data] crop holds of "
-                "[cache] cell; make cell smaller, or grid"
+                f"region.grid = {config.region.grid} is finer than the {parts} x {parts} cells of [cache] cell = {cell} "
+                f"in a crop of {crop}; cell may be at most {crop // config.region.grid} (at least 4), or make grid smaller"
             )
 
     @classmethod
