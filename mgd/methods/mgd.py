@@ -103,10 +103,11 @@ class MGD(Method):
                 'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '
                 '"predictions"'
             )
-        if config.region.teachers and (parts := -(-crop // cell)) < config.region.grid:
+        grid, parts = config.region.grid, -(-crop // cell)
+        if config.region.teachers and parts < grid:
             raise UserError(
-                f"region.grid = {config.region.grid} is finer than the {parts} x {parts} cells of [cache] cell = {cell} "
-                f"in a crop of {crop}; cell may be at most {crop // config.region.grid} (at least 4), or make grid smaller"
+                f"region.grid = {grid} is finer than the {parts} x {parts} cells of [cache] cell = {cell} in a crop of "
+                f"{crop}; cell may be at most {crop // grid} (and not below 4), or make grid smaller"
             )
 
     @classmethod
