@@ -76,7 +76,7 @@ class Registry(Generic[T]):
 
 
 DATASETS: Registry[type] = Registry("data set", "mgd.datasets", ["mgd.data.datasets", "mgd.data.public"])
-HEADS: Registry[type] = Registry("head", "mgd.heads", ["mgd.models.deeplabv3plus"])
+HEADS: Registry[type] = Registry("head", "mgd.heads", ["mgd.models.deeplabv3plus", "mgd.models.lraspp"])
 METHODS: Registry[type] = Registry(
     "method",
     "mgd.methods",

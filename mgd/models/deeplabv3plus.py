@@ -42,21 +42,25 @@ class DeepLabV3PlusHead(nn.Module):
     def __init__(self, config: DeepLabV3PlusConfig, low_channels: int, high_channels: int, num_classes: int) -> None:
         super().__init__()
         width, low, norm = config.channels, config.low_level_channels, config.norm
-        self.aspp = nn.ModuleList([_conv(high_channels, width, 1, norm)])
-        self.aspp.extend(_conv(high_channels, width, 3, norm, dilation=rate) for rate in config.aspp_rates)
-        self.pooled = _conv(high_channels, width, 1, norm)
-        self.project = _conv(width * (len(self.aspp) + 1), width, 1, norm)
-        self.low_level = _conv(low_channels, low, 1, norm)
+        self.aspp = nn.ModuleList([conv_block(high_channels, width, 1, norm)])
+        self.aspp.extend(self.wide_block(high_channels, width, norm, rate) for rate in config.aspp_rates)
+        self.pooled = conv_block(high_channels, width, 1, norm)
+        self.project = conv_block(width * (len(self.aspp) + 1), width, 1, norm)
+        self.low_level = conv_block(low_channels, low, 1, norm)
         self.decoder = nn.Sequential(
-            _conv(width + low, width, 3, norm, kind=_DecoderConv2d), _conv(width, width, 3, norm, kind=_DecoderConv2d)
+            self.decoder_block(width + low, width, norm), self.decoder_block(width, width, norm)
         )
         self.classifier = nn.Conv2d(width, num_classes, 1)
         self.features_channels = width
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        initialize(self)
+
+    def wide_block(self, inputs: int, outputs: int, norm: str, dilation: int) -> nn.Module:
+        """Return a 3x3 branch of the ASPP."""
+        return conv_block(inputs, outputs, 3, norm, dilation=dilation)
+
+    def decoder_block(self, inputs: int, outputs: int, norm: str) -> nn.Module:
+        """Return a 3x3 block of the decoder."""
+        return conv_block(inputs, outputs, 3, norm, kind=_DecoderConv2d)
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[B, K, H/4, W/4]` and decoder features `[B, C, H/4, W/4]`.
@@ -77,6 +81,31 @@ class DeepLabV3PlusHead(nn.Module):
         return self.classifier(features), features
 
 
+class SeparableConfig(DeepLabV3PlusConfig):
+    """Keys of `[student.head]` for `deeplabv3plus_separable`."""
+
+    name: Literal["deeplabv3plus_separable"] = "deeplabv3plus_separable"
+    channels: Annotated[int, Field(gt=0, le=8192)] = 128
+    """Width of ASPP and decoder."""
+    low_level_channels: Annotated[int, Field(gt=0, le=8192)] = 24
+    """Width of the stride-4 branch."""
+
+
+@HEADS.register("deeplabv3plus_separable")
+class SeparableHead(DeepLabV3PlusHead):
+    """The same with depthwise-separable 3x3 convolutions in ASPP and decoder (Chen et al., ECCV 2018, section 3.1)."""
+
+    Config = SeparableConfig
+
+    def wide_block(self, inputs: int, outputs: int, norm: str, dilation: int) -> nn.Module:
+        """Return a separable 3x3 branch of the ASPP."""
+        return separable_block(inputs, outputs, norm, dilation)
+
+    def decoder_block(self, inputs: int, outputs: int, norm: str) -> nn.Module:
+        """Return a separable 3x3 block of the decoder."""
+        return separable_block(inputs, outputs, norm)
+
+
 class _DecoderConv2d(nn.Conv2d):
     """Trains in NCHW on a CPU, where the backward pass of wide maps takes half the time that it does in NHWC."""
 
@@ -90,14 +119,36 @@ def _trains_on_cpu(module: nn.Module, input: Tensor) -> bool:
     return module.training and input.device.type == "cpu"
 
 
-def _conv(
-    inputs: int, outputs: int, kernel: int, norm: str, dilation: int = 1, kind: type[nn.Conv2d] = nn.Conv2d
+def conv_block(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    norm: str,
+    dilation: int = 1,
+    groups: int = 1,
+    kind: type[nn.Conv2d] = nn.Conv2d,
 ) -> nn.Sequential:
+    """Return convolution, norm ("batch" or "group") and ReLU, of stride 1 and the size of the input."""
     padding = dilation * (kernel // 2)
     # At least 8 channels a group: the pooled branch is 1x1, and one value cannot be normalised.
-    groups = next((g for g in (32, 16, 8, 4, 2) if outputs % g == 0 and outputs // g >= 8), 1)
+    norm_groups = next((g for g in (32, 16, 8, 4, 2) if outputs % g == 0 and outputs // g >= 8), 1)
     return nn.Sequential(
-        kind(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(groups, outputs),
+        kind(inputs, outputs, kernel, padding=padding, dilation=dilation, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs) if norm == "batch" else nn.GroupNorm(norm_groups, outputs),
         nn.ReLU(inplace=True),
     )
+
+
+def separable_block(inputs: int, outputs: int, norm: str, dilation: int = 1) -> nn.Sequential:
+    """Return a 3x3 convolution of each channel, then a 1x1 one of all, each with norm and ReLU."""
+    each = conv_block(inputs, inputs, 3, norm, dilation=dilation, groups=inputs)
+    return nn.Sequential(*each, *conv_block(inputs, outputs, 1, norm))
+
+
+def initialize(head: nn.Module) -> None:
+    """Draw all convolutions of a head anew, Kaiming normal by fan-in."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
