@@ -29,6 +29,7 @@ from mgd.data.targets import (
 from mgd.data.transforms import IGNORE_INDEX, to_tensor
 from mgd.errors import UserError
 from mgd.files import read_json, write_json
+from mgd.inference import views
 from mgd.losses.mgd import self_correlation
 from mgd.models.segmenter import fingerprint
 from mgd.recipe import Recipe, TeacherCache
@@ -272,30 +273,24 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: st
     size = image.shape[-2:]
     coarse = [-(-side // section.cell) for side in size]
     logits, features, count = 0.0, 0.0, 0
-    for scale in section.scales:
-        scaled = image.float()
-        if scale != 1.0:
-            scaled = functional.interpolate(
-                scaled, size=[max(1, round(side * scale)) for side in size], mode="bilinear", align_corners=False
-            )
-        for mirrored in (False, True) if section.flip else (False,):
-            try:
-                seen = network(scaled.flip(-1) if mirrored else scaled)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"{title}: no memory for the whole of {name}, {scaled.shape[-1]}x{scaled.shape[-2]} pixels; "
-                    'use smaller [cache] scales, or [teachers] mode = "online"'
-                ) from error
-            except (RuntimeError, AssertionError, ValueError) as error:
-                reason = " ".join(str(error).split())[:160]
-                raise UserError(
-                    f"{title} cannot see the whole of {name}, {scaled.shape[-1]}x{scaled.shape[-2]} pixels: {reason}; "
-                    'use [teachers] mode = "online"'
-                ) from error
-            maps = [value.flip(-1) if mirrored else value for value in seen]
-            logits = logits + functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
-            features = features + functional.interpolate(maps[1].float(), size=coarse, mode="area")
-            count += 1
+    for view, mirrored in views(image, section.scales, section.flip):
+        try:
+            seen = network(view)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{title}: no memory for the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels; "
+                'use smaller [cache] scales, or [teachers] mode = "online"'
+            ) from error
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"{title} cannot see the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels: {reason}; "
+                'use [teachers] mode = "online"'
+            ) from error
+        maps = [value.flip(-1) if mirrored else value for value in seen]
+        logits = logits + functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
+        features = features + functional.interpolate(maps[1].float(), size=coarse, mode="area")
+        count += 1
     logits = logits / count
     fine = [-(-side // CONFIDENCE_STRIDE) for side in size]
     confidence = functional.interpolate(logits.softmax(dim=1).amax(dim=1, keepdim=True), size=fine, mode="area")

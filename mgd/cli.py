@@ -146,7 +146,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _end_workers() -> None:
-    """Kill data workers that are left: they do not heed the SIGTERM by which Python would end them, and waits."""
+    """Kill data workers that are left: Python would send them SIGTERM, which they do not heed, and wait."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
     for worker in multiprocessing.active_children():

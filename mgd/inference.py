@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,33 @@ def predict(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor
     if section.scales == (1.0,) and not section.flip:
         return predict_logits(model, image, section, crop).argmax(dim=1)
     size, total = image.shape[-2:], 0.0
-    for scale in section.scales:
+    for seen, mirrored in views(image, section.scales, section.flip):
+        logits = predict_logits(model, seen, section, crop)
+        logits = logits.flip(-1) if mirrored else logits
+        logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        total = total + logits.softmax(dim=1)
+    return total.argmax(dim=1)
+
+
+def views(image: Tensor, scales: Sequence[float], flip: bool) -> Iterator[tuple[Tensor, bool]]:
+    """Yield an image as it is seen at test time: at each scale, and mirrored left to right too.
+
+    Args:
+        image: `[B, 3, H, W]`, pixel values 0..255.
+        scales: factors of its sides.
+        flip: yield each scale mirrored, too.
+
+    Yields:
+        `[B, 3, h, w]` float, and whether it is mirrored.
+    """
+    for scale in scales:
         scaled = image.float()
         if scale != 1.0:
-            target = [max(1, round(side * scale)) for side in size]
-            scaled = functional.interpolate(scaled, size=target, mode="bilinear", align_corners=False)
-        for mirrored in (False, True) if section.flip else (False,):
-            logits = predict_logits(model, scaled.flip(-1) if mirrored else scaled, section, crop)
-            logits = logits.flip(-1) if mirrored else logits
-            logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            total = total + logits.softmax(dim=1)
-    return total.argmax(dim=1)
+            size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+            scaled = functional.interpolate(scaled, size=size, mode="bilinear", align_corners=False)
+        yield scaled, False
+        if flip:
+            yield scaled.flip(-1), True
 
 
 def predict_logits(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:

@@ -299,6 +299,21 @@ def refuse_students(recipe: Recipe) -> None:
                 )
 
 
+def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:
+    """Name teachers that are not trained, with their commands.
+
+    Args:
+        teachers: the recipes of the unfinished ones by name; none, and all is well.
+
+    Raises:
+        UserError: one line a teacher.
+    """
+    if teachers:
+        raise UserError(
+            "\n".join(f"[teachers.{name}] is not trained: {other.command}" for name, other in teachers.items())
+        )
+
+
 def note_other_labels(recipe: Recipe, say: Callable[[str], None]) -> None:
     """Say so when a teacher that is given by its weights learned from labels that this run hides."""
     ours = read_json(recipe.run_dir / "partition.json", ("labeled",))

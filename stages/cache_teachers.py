@@ -18,7 +18,7 @@ from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import training_images, training_pairs  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.runs import finished_metrics, needed_recipes, refuse_students  # noqa: E402
+from mgd.runs import finished_metrics, needed_recipes, refuse_students, refuse_untrained  # noqa: E402
 
 
 def main() -> None:
@@ -30,9 +30,7 @@ def main() -> None:
     if recipe.cache is None:
         raise UserError(f"{args.recipe}: its teachers are online; --set teachers.mode=cached")
     needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
-    untrained = [name for name, other in needed.items() if finished_metrics(other) is None]
-    if untrained:
-        raise UserError("\n".join(f"[teachers.{name}] is not trained: {needed[name].command}" for name in untrained))
+    refuse_untrained({name: other for name, other in needed.items() if finished_metrics(other) is None})
     refuse_students(recipe)
     accelerator = cli.start(recipe)
     teachers = {

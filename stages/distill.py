@@ -16,7 +16,7 @@ from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.runs import finished_metrics, needed_recipes, note_other_labels, refuse_students  # noqa: E402
+from mgd.runs import finished_metrics, needed_recipes, note_other_labels, refuse_students, refuse_untrained  # noqa: E402
 
 
 def main() -> None:
@@ -38,10 +38,8 @@ def main() -> None:
         rows = [*filter(None, found.values()), done]
         return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
     missing = {title: needed[title] for title, metrics in found.items() if metrics is None}
-    untrained = [title for title in missing if title in recipe.teachers]
-    if untrained and args.no_train_teachers:
-        lines = [f"[teachers.{title}] is not trained: {missing[title].command}" for title in untrained]
-        raise UserError("\n".join(lines))
+    if args.no_train_teachers:
+        refuse_untrained({title: other for title, other in missing.items() if title in recipe.teachers})
     given = {name: load_segmenter(t.checkpoint) for name, t in recipe.teachers.items() if t.checkpoint}
     check_recipe(recipe, accelerator, given)
     for other in missing.values():

@@ -46,11 +46,11 @@ def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     """Lay the True pixels of `second` over `first`.
 
     Args:
-        first: `[B, C, H, W]`.
-        second: `[B, C, H, W]`.
-        mask: `[B, 1, H, W]` bool.
+        first: `[B, C, H, W]`, or classes `[B, H, W]`.
+        second: of the same shape.
+        mask: `[B, 1, H, W]` bool, or `[B, H, W]` for classes.
 
     Returns:
-        `[B, C, H, W]`.
+        Of the same shape.
     """
     return torch.where(mask, second, first)

@@ -173,7 +173,7 @@ class MGD(Method):
             asked = [view for view in outputs if view != "mixed" and name in config.pixel.teachers]
             classes = {view: outputs[view].logits.argmax(dim=1) for view in asked}
             labeled = classes.get("labeled")
-            unlabeled = _mix_classes(classes["first"], classes["second"], mask) if "first" in classes else None
+            unlabeled = mix(classes["first"], classes["second"], mask[:, 0]) if "first" in classes else None
             logits = features = None
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
@@ -214,15 +214,11 @@ def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
     found, mask = {}, batch["mask"]
     if "labels" in kinds:
         found["labeled"] = batch[f"image/{name}/labels"]
-        found["unlabeled"] = _mix_classes(batch[f"unlabeled/{name}/labels"], batch[f"mix/{name}/labels"], mask)
+        found["unlabeled"] = mix(batch[f"unlabeled/{name}/labels"], batch[f"mix/{name}/labels"], mask[:, 0])
     for kind in ("logits", "features"):
         if kind in kinds:
             found[kind] = _blend(batch[f"unlabeled/{name}/{kind}"], batch[f"mix/{name}/{kind}"], mask)
     return Seen(**found)
-
-
-def _mix_classes(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask[:, 0], second, first)
 
 
 def _mixed(outputs: Mapping[str, NamedTuple], what: str, mask: Tensor) -> Tensor:
