@@ -26,12 +26,13 @@ from mgd.data.targets import (
     shard_path,
     write_shard,
 )
-from mgd.data.transforms import IGNORE_INDEX, to_tensor
+from mgd.data.transforms import IGNORE_INDEX
 from mgd.errors import UserError
 from mgd.files import read_json, write_json
 from mgd.inference import views
 from mgd.losses.mgd import self_correlation
 from mgd.models.segmenter import fingerprint
+from mgd.pictures import to_tensor
 from mgd.recipe import Recipe, TeacherCache
 from mgd.registry import METHODS
 from mgd.runs import hold

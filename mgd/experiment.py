@@ -80,7 +80,8 @@ def _run(
             open_folder(recipe, partition, fingerprints, restart)
     seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
-        networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed) for seed in seeds]
+        view = (recipe.data.image_scale, recipe.data.crop)
+        networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed, *view) for seed in seeds]
     targets = (
         cached_targets(recipe, accelerator, teachers, training_images(recipe, splits, partition))
         if recipe.cache

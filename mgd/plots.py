@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mgd.errors import UserError
 from mgd.files import write_aside
+from mgd.pictures import colorize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
@@ -33,13 +34,6 @@ def plot_curves(log: Path, output: Path) -> None:
     right.set(xlabel="step", ylabel="val mIoU, %")
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
     pyplot.close(figure)
-
-
-def colorize(label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return `[H, W, 3]` uint8 colours of a label map `[H, W]`; 255 is white."""
-    table = np.full((256, 3), 255, np.uint8)
-    table[: len(colors)] = colors
-    return table[label]
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:

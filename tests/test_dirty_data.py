@@ -14,10 +14,10 @@ from conftest import TINY
 
 from mgd.checks import check_recipe
 from mgd.data.loaders import Images
-from mgd.data.transforms import to_rgb
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.losses.supervised import cross_entropy, ohem_cross_entropy
+from mgd.pictures import to_rgb
 from mgd.recipe import load
 
 CLASSES = ["left", "right"]

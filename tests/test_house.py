@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT
 
 BASE = {"mgd.errors"}
-PLUGIN = BASE | {"mgd.registry", "mgd.recipe", "mgd.files"}
+PLUGIN = BASE | {"mgd.registry", "mgd.recipe", "mgd.files", "mgd.pictures"}
 ALLOWED = {  # module prefix -> what of ours it may import
     "mgd.errors": set(),
     "mgd.files": BASE,
+    "mgd.pictures": BASE,
     "mgd.registry": BASE,
     "mgd.tables": BASE,
     "mgd.recipe": PLUGIN | {"mgd.tables"},

@@ -5,7 +5,8 @@ import torch
 
 from mgd.data.public import Cityscapes
 from mgd.errors import UserError
-from mgd.plots import colorize, save_prediction
+from mgd.pictures import colorize
+from mgd.plots import save_prediction
 
 
 def test_predictions_are_palette_pngs_in_the_data_sets_own_values(tmp_path):

@@ -19,13 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mgd.data.cutmix import box_masks
 from mgd.data.targets import CachedTargets
-from mgd.data.transforms import LabelDecoder, View, augment, decode, draw_view, rescale, to_rgb, to_tensor
+from mgd.data.transforms import LabelDecoder, View, augment, draw_view
 from mgd.errors import UserError
+from mgd.pictures import UNREADABLE, decode, rescale, to_rgb, to_tensor
 from mgd.recipe import DataSection
 
 LABELED, UNLABELED, MIX, MASK = range(4)  # the streams of randomness; each is drawn on its own
-# What PIL's decoders raise on files that are damaged or no images.
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError)
 UNLABELED_STREAMS = {"unlabeled": UNLABELED, "mix": MIX}
 
 

@@ -18,9 +18,9 @@ import PIL.Image
 import pyarrow.parquet
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
-from mgd.data.loaders import UNLABELED_STREAMS, UNREADABLE, StepSampler, TrainingPairs
-from mgd.data.transforms import rescale, to_rgb
+from mgd.data.loaders import UNLABELED_STREAMS, StepSampler, TrainingPairs
 from mgd.errors import UserError
+from mgd.pictures import UNREADABLE, rescale, to_rgb
 from mgd.recipe import UnlabeledSection
 
 CHUNK = 64  # rows that are read at once

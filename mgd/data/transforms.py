@@ -1,18 +1,15 @@
-"""Decoding and joint augmentation of an image and its label."""
+"""Decoding of masks, and joint augmentation of an image and its label."""
 
 import dataclasses
-import io
-from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch.nn import functional
 
 from mgd.errors import UserError
+from mgd.pictures import to_tensor
 
 IGNORE_INDEX = 255
 MEAN_COLOR = (124, 116, 104)  # ImageNet's mean, 0..255: what images are padded with
@@ -106,62 +103,6 @@ class LabelDecoder:
                 f"mask of {name}: colour {color} is not in [data] colors; add it, or name it in ignore_color"
             )
         return label
-
-
-def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) -> PIL.Image.Image:
-    """Open and decode an image file as `datasets.Image` does: upright, as its EXIF says.
-
-    Args:
-        value: `bytes` of the file, or else its `path`.
-        last_row: given width and height, how many rows from the top are needed. Of a PNG the others are then not
-            read, nor is it noticed that they are damaged; they are black. Left out: all rows.
-
-    Raises:
-        OSError, SyntaxError, ValueError: what PIL raises on what it cannot read.
-    """
-    image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-    # Interlaced rows are not in order; of deep pixels (I, F) `to_rgb` takes the maximum over all.
-    ordered = image.format == "PNG" and len(image.tile) == 1 and not image.info.get("interlace")
-    shortened = last_row is not None and ordered and not image.mode.startswith(("I", "F"))
-    if shortened:
-        extents = (0, 0, image.width, last_row(*image.size))
-        image.tile = [image.tile[0]._replace(extents=extents)]
-    image.load()
-    if image.getexif().get(PIL.ExifTags.Base.Orientation) is None:
-        return image
-    return decode(value) if shortened else PIL.ImageOps.exif_transpose(image)  # what is turned is read as a whole
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Return an 8-bit RGB image: 16-bit grey is scaled, transparency is laid on white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image).astype(np.float64)
-        if not np.isfinite(values).all():
-            raise ValueError("it holds pixels that are no number")
-        top = float(values.max(initial=0.0))
-        full = max(top, 1.0)
-        if image.mode.startswith("I"):  # 32 bits may hold 8 or 16
-            full = 255.0 if image.mode == "I" and top <= 255 else 65535.0
-        image = PIL.Image.fromarray((values.clip(0, full) * (255.0 / full)).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = PIL.Image.new("RGBA", rgba.size, "white")
-        image = PIL.Image.alpha_composite(white, rgba)
-    return image.convert("RGB")
-
-
-def rescale(
-    image: PIL.Image.Image, label: np.ndarray | None, factor: float
-) -> tuple[PIL.Image.Image, np.ndarray | None]:
-    """Resize an image (bilinear) and its label `[H, W]` (nearest) by `factor`."""
-    if factor == 1:
-        return image, label
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    if label is not None:
-        label = np.asarray(PIL.Image.fromarray(label).resize(size, PIL.Image.Resampling.NEAREST))
-    return image.resize(size, PIL.Image.Resampling.BILINEAR), label
 
 
 class View(NamedTuple):
@@ -258,8 +199,3 @@ def _pad(values: torch.Tensor, crop: int, view: View, padding: torch.Tensor | in
     canvas[:] = padding
     canvas[..., top : top + height, left : left + width] = values
     return canvas
-
-
-def to_tensor(image: PIL.Image.Image) -> torch.Tensor:
-    """Return an RGB image as `[3, H, W]` uint8."""
-    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))

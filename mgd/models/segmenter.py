@@ -4,9 +4,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
+from huggingface_hub import PyTorchModelHubMixin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,6 +20,7 @@ from torch.nn import functional
 from mgd.errors import UserError
 from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
+from mgd.pictures import colorize, rescale, to_rgb, to_tensor
 from mgd.recipe import ModelSection, parse_model
 from mgd.registry import HEADS
 
@@ -30,7 +36,19 @@ class SegOutput(NamedTuple):
     """`[B, C, H/4, W/4]`, the decoder map before the classifier."""
 
 
-class Segmenter(nn.Module):
+class Prediction(NamedTuple):
+    """What a segmenter says of one image."""
+
+    label: np.ndarray
+    """`[H, W]` uint8 classes, at the size of the image."""
+    colors: np.ndarray
+    """`[H, W, 3]` uint8, the classes in their colours."""
+    segments: list[dict[str, str | PIL.Image.Image]]
+    """A class that is seen each, as pipelines of `transformers` return them: its name under `label`, its pixels as
+    a black and white image under `mask`."""
+
+
+class Segmenter(nn.Module, PyTorchModelHubMixin):
     """Backbone and head, with the normalisation of the backbone inside.
 
     Teachers and students with different statistics therefore take the same batch of pixels.
@@ -40,6 +58,8 @@ class Segmenter(nn.Module):
         classes: K class names.
         colors: K (r, g, b) colours.
         pretrained: load ImageNet weights into the backbone.
+        image_scale: factor by which images were resized before they were cropped and learnt from.
+        crop: side of the training crop, pixels.
     """
 
     def __init__(
@@ -48,9 +68,12 @@ class Segmenter(nn.Module):
         classes: Sequence[str],
         colors: Sequence[tuple[int, int, int]],
         pretrained: bool = False,
+        image_scale: float = 1.0,
+        crop: int | None = None,
     ) -> None:
         super().__init__()
         self.section, self.classes, self.colors = section, tuple(classes), tuple(map(tuple, colors))
+        self.image_scale, self.crop = image_scale, crop
         self.backbone = build_backbone(section.backbone, section.output_stride, pretrained, section.multi_grid)
         low, high = self.backbone.feature_info.channels()
         self.head = HEADS.get(section.head.name)(section.head, low, high, len(self.classes))
@@ -70,6 +93,29 @@ class Segmenter(nn.Module):
         logits = functional.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
         return SegOutput(logits, features)
 
+    @torch.inference_mode()
+    def predict(self, picture: PIL.Image.Image) -> Prediction:
+        """Segment one image of any size and mode, at the scale that the network was trained at.
+
+        Args:
+            picture: is turned upright as its EXIF says.
+        """
+        was_training = self.training
+        upright = to_rgb(PIL.ImageOps.exif_transpose(picture))
+        small, _ = rescale(upright, None, self.image_scale)
+        logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
+        self.train(was_training)
+        classes = enlarge(logits, upright.size[::-1]).argmax(dim=1)
+        return self.prediction(classes[0].to(torch.uint8).cpu().numpy())
+
+    def prediction(self, label: np.ndarray) -> Prediction:
+        """Dress up a label map `[H, W]` uint8."""
+        segments = [
+            {"label": self.classes[index], "mask": PIL.Image.fromarray((label == index).astype(np.uint8) * 255)}
+            for index in np.unique(label)
+        ]
+        return Prediction(label, colorize(label, self.colors), segments)
+
     def save(self, folder: str | Path) -> None:
         """Write `model.safetensors` and `config.json` into `folder`."""
         folder = Path(folder)
@@ -80,15 +126,49 @@ class Segmenter(nn.Module):
             "model": self.section.model_dump(mode="json") | {"pretrained": False},
             "classes": list(self.classes),
             "colors": [list(color) for color in self.colors],
+            "image_scale": self.image_scale,
+            "crop": self.crop,
+            "mean": self.mean.flatten().tolist(),
+            "std": self.std.flatten().tolist(),
         }
         write_json(folder / "config.json", config)
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory)
 
-def build_segmenter(section: ModelSection, classes: Sequence[str], colors: Sequence, seed: int) -> Segmenter:
-    """Build a segmenter for training; `seed` draws whatever is not pretrained."""
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **download) -> "Segmenter":
+        """Load a segmenter for use, in eval mode, every weight accounted for.
+
+        Args:
+            source: a model on the hub ("org/name"), or a folder.
+            **download: of a model on the hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            UserError: nothing there, or weights that do not fit the configuration.
+        """
+        return load_segmenter(source, **download).eval()
+
+
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize logits `[B, K, h, w]` to (H, W), bilinear."""
+    if logits.shape[-2:] == size:
+        return logits
+    return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def build_segmenter(
+    section: ModelSection,
+    classes: Sequence[str],
+    colors: Sequence,
+    seed: int,
+    image_scale: float = 1.0,
+    crop: int | None = None,
+) -> Segmenter:
+    """Build a segmenter for training; `seed` draws whatever is not pretrained. The rest is as of `Segmenter`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Segmenter(section, classes, colors, pretrained=section.pretrained)
+        model = Segmenter(section, classes, colors, section.pretrained, image_scale, crop)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -169,20 +249,25 @@ def model_section(source: str | Path) -> ModelSection:
     return parse_model(_read_config(path)["model"], source=str(path))
 
 
-def load_segmenter(source: str | Path) -> Segmenter:
+def load_segmenter(source: str | Path, **download) -> Segmenter:
     """Load a saved segmenter, every weight accounted for.
 
     Args:
         source: folder with `model.safetensors` and `config.json`, a run folder (its `model/`), or
             a hub id ("org/name").
+        **download: of a hub id: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
     Raises:
         UserError: nothing there, or weights that do not fit the configuration.
     """
-    folder = find_model(source)
+    folder = find_model(source, **download)
     config = _read_config(folder / "config.json")
     section = parse_model(config["model"], source=str(folder / "config.json"))
-    model = Segmenter(section, config["classes"], config["colors"])
+    given = _Input.model_validate(config)
+    model = Segmenter(section, config["classes"], config["colors"], image_scale=given.image_scale, crop=given.crop)
+    for buffer, values in ((model.mean, given.mean), (model.std, given.std)):
+        if values:  # what the weights were trained with, whatever timm may say of the backbone one day
+            buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
     try:
         weights = load_file(folder / "model.safetensors")
         if odd := [
@@ -201,7 +286,7 @@ def load_segmenter(source: str | Path) -> Segmenter:
     return model.to(memory_format=torch.channels_last)
 
 
-def find_model(source: str | Path) -> Path:
+def find_model(source: str | Path, **download) -> Path:
     """Return the folder that holds `config.json`: `source`, its `model/`, or a hub snapshot."""
     for folder in (Path(source), Path(source) / "model"):
         if (folder / "config.json").is_file():
@@ -215,11 +300,21 @@ def find_model(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "config.json", "recipe.toml"]))
+        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "config.json", "recipe.toml"], **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__})"
         ) from error
+
+
+class _Input(BaseModel):
+    """Keys of `config.json` that say what pixels the network was trained on; older models lack them."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    image_scale: Annotated[float, Field(gt=0, le=8)] = 1.0
+    crop: Annotated[int, Field(gt=0)] | None = None
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)] | None = None
 
 
 def _read_config(path: Path) -> dict:
@@ -240,4 +335,9 @@ def _read_config(path: Path) -> dict:
     painted = isinstance(colors, list) and all(isinstance(color, list) and len(color) == 3 for color in colors)
     if not (named and painted and len(classes) == len(colors) and isinstance(config["model"], dict)):
         raise UserError(f"{path}: classes must be names and colors as many [r, g, b]")
+    try:
+        _Input.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {first['loc'][0]} = {config[first['loc'][0]]!r}: {first['msg']}") from error
     return config

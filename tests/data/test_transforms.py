@@ -8,8 +8,9 @@ import PIL.Image
 import pytest
 import torch
 
-from mgd.data.transforms import MEAN_COLOR, LabelDecoder, View, augment, decode, draw_view, rescale, to_rgb
+from mgd.data.transforms import MEAN_COLOR, LabelDecoder, View, augment, draw_view
 from mgd.errors import UserError
+from mgd.pictures import decode, rescale, to_rgb
 
 
 def _coded(width, height):

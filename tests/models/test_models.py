@@ -1,6 +1,9 @@
 import copy
 import json
 
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -9,7 +12,7 @@ from torch.nn import functional
 
 from mgd.errors import UserError
 from mgd.models.backbones import build_backbone
-from mgd.models.segmenter import build_segmenter, load_segmenter
+from mgd.models.segmenter import Segmenter, build_segmenter, load_segmenter
 from mgd.recipe import parse_model
 
 CLASSES, COLORS = ("sky", "road", "rest"), ((0, 0, 0), (9, 9, 9), (1, 2, 3))
@@ -154,6 +157,40 @@ def test_save_and_load(tmp_path):
         again = load_segmenter(source).eval()
         assert torch.equal(model(image).logits, again(image).logits)
         assert again.classes == CLASSES and again.colors == COLORS
+    assert not Segmenter.from_pretrained(tmp_path).training
+
+
+def test_config_says_what_pixels_it_wants(tmp_path):
+    model = build_segmenter(_section(), CLASSES, COLORS, seed=0, image_scale=0.5, crop=320).eval()
+    with torch.no_grad():
+        model.mean.add_(3), model.std.mul_(2)  # timm may change its mind
+    model.save_pretrained(tmp_path)
+    again = load_segmenter(tmp_path).eval()
+    image = torch.randint(256, (1, 3, 40, 56), dtype=torch.uint8)
+    assert torch.equal(model(image).logits, again(image).logits)
+    assert (again.image_scale, again.crop) == (0.5, 320)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("image_scale", "crop", "mean", "std"):
+        del config[key]  # as models were written before
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_segmenter(tmp_path).image_scale == 1.0
+
+
+def test_predict_a_picture():
+    model = build_segmenter(_section(), CLASSES, COLORS, seed=0, image_scale=0.5)
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 61, 3), dtype=np.uint8))
+    exif = picture.getexif()
+    exif[PIL.ExifTags.Base.Orientation] = 6  # to be turned right by 90 degrees
+    found = model.predict(picture)
+    assert found.label.shape == (61, 90) and found.label.dtype == np.uint8 and model.training
+    small = picture.transpose(PIL.Image.Transpose.ROTATE_270).resize((45, 30), PIL.Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+    with torch.no_grad():
+        logits = functional.interpolate(model.eval()(pixels).logits, (61, 90), mode="bilinear", align_corners=False)
+    assert np.array_equal(found.label, logits[0].argmax(0).numpy())
+    assert np.array_equal(found.colors, np.array(COLORS, np.uint8)[found.label])
+    assert sum(np.asarray(segment["mask"], bool).sum() for segment in found.segments) == 61 * 90
+    assert model.predict(PIL.Image.new("L", (1, 1))).label.shape == (1, 1)
 
 
 def test_loading_is_strict(tmp_path):
@@ -166,6 +203,8 @@ def test_loading_is_strict(tmp_path):
         ({"model": {**config["model"], "backbone": "test_resnet2"}}, "no such model"),
         ({"model": {**config["model"], "os": 1}}, r"config.json: \[student\] os: unknown key"),
         ({"format": 99}, "format 99, ours 1"),
+        ({"image_scale": 0}, "config.json: image_scale = 0: "),
+        ({"std": [1.0, 2.0]}, r"config.json: std = "),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(UserError, match=message):
