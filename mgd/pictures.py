@@ -1,7 +1,9 @@
 """Image files and PIL images to pixels, for training and for prediction alike."""
 
+import glob
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import PIL.ExifTags
@@ -9,8 +11,11 @@ import PIL.Image
 import PIL.ImageOps
 import torch
 
+from mgd.errors import UserError
+
 # What PIL's decoders raise on files that are damaged or no images.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError)
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) -> PIL.Image.Image:
@@ -79,3 +84,37 @@ def colorize(label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.nd
     table = np.full((256, 3), 255, np.uint8)
     table[: len(colors)] = colors
     return table[label]
+
+
+def list_pictures(source: str | Path) -> list[Path]:
+    """Return image files, sorted.
+
+    Args:
+        source: one file, a folder (with those below it), or a glob pattern ("shots/*.jpg").
+
+    Raises:
+        UserError: none there.
+    """
+    place = Path(source)
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = [path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES]
+    else:
+        found = [Path(path) for path in glob.glob(str(source), recursive=True)]
+    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise UserError(f"{source}: no image there; give a file, a folder or a pattern ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_picture(path: Path) -> PIL.Image.Image:
+    """Return an image file as upright 8-bit RGB.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return to_rgb(decode({"path": path, "bytes": None}))
+    except UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

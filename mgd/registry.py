@@ -1,4 +1,4 @@
-"""The registries: what a recipe may name in `[data]`, `[student.head]` and `[method]`."""
+"""The registries: what a recipe may name in `[data]`, `[student.head]` and `[method]`, and a file format."""
 
 import importlib
 import importlib.metadata
@@ -77,6 +77,11 @@ class Registry(Generic[T]):
 
 DATASETS: Registry[type] = Registry("data set", "mgd.datasets", ["mgd.data.datasets", "mgd.data.public"])
 HEADS: Registry[type] = Registry("head", "mgd.heads", ["mgd.models.deeplabv3plus", "mgd.models.lraspp"])
+EXPORTERS: Registry[type] = Registry(
+    "format",
+    "mgd.exporters",
+    [f"mgd.export.{name}" for name in ("onnx", "openvino", "executorch", "litert", "coreml", "torch_export")],
+)
 METHODS: Registry[type] = Registry(
     "method",
     "mgd.methods",

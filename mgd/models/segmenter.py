@@ -88,7 +88,9 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
         """
         pixels = (image.to(self.mean.dtype) - self.mean) / self.std
-        low, high = self.backbone(pixels.contiguous(memory_format=torch.channels_last))
+        if not torch.compiler.is_exporting():  # a device's runtime chooses its own layout
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        low, high = self.backbone(pixels)
         logits, features = self.head(low, high)
         logits = functional.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
         return SegOutput(logits, features)

@@ -1,0 +1,1 @@
+"""Networks as files for devices: one exporter a format, each verified in its own runtime."""

@@ -1,0 +1,124 @@
+"""What is exported, and what an exporter of a format does."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mgd.errors import UserError
+from mgd.models.segmenter import Segmenter
+
+Runner = Callable[[np.ndarray], np.ndarray]
+"""Pixels `[1, 3, H, W]` to the output of the exported network."""
+
+LEAST_SIDE, GREATEST_SIDE = 64, 1024
+"""Sides of the images that a file of dynamic size takes, pixels."""
+
+
+class Target(NamedTuple):
+    """What pixels the file takes, and what it gives back."""
+
+    height: int
+    """Of an image, pixels."""
+    width: int
+    """Of an image, pixels."""
+    dynamic: bool = False
+    """The file takes images of other sizes, too."""
+    baked: bool = False
+    """uint8 pixels in and uint8 classes `[1, H, W]` out, instead of float32 pixels (0..255) in and logits
+    `[1, K, H, W]` out. The normalisation is inside in both."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pixels."""
+        return torch.uint8 if self.baked else torch.float32
+
+    @property
+    def output(self) -> str:
+        """Name of the output."""
+        return "classes" if self.baked else "logits"
+
+    def example(self) -> Tensor:
+        """Return pixels `[1, 3, H, W]` to trace with."""
+        return torch.zeros(1, 3, self.height, self.width, dtype=self.dtype)
+
+    def shapes(self) -> tuple[dict[int, torch.export.Dim], ...] | None:
+        """Return what torch.export takes as `dynamic_shapes`."""
+        if not self.dynamic:
+            return None
+        sides = [torch.export.Dim(name, min=LEAST_SIDE, max=GREATEST_SIDE) for name in ("height", "width")]
+        return (dict(enumerate(sides, start=2)),)
+
+
+class Deployed(nn.Module):
+    """A segmenter with a single tensor out, in eval mode and the layout that converters expect.
+
+    Args:
+        model: is copied to the CPU's default layout.
+        target: what comes in and out.
+    """
+
+    def __init__(self, model: Segmenter, target: Target) -> None:
+        super().__init__()
+        self.model, self.baked = model, target.baked
+        self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return logits `[B, K, H, W]`, or classes `[B, H, W]` uint8.
+
+        Args:
+            image: `[B, 3, H, W]`, pixel values 0..255.
+        """
+        logits = self.model(image).logits
+        return logits.argmax(dim=1).to(torch.uint8) if self.baked else logits
+
+
+class Exporter:
+    """One format; a plug-in derives from it and registers in `EXPORTERS`."""
+
+    suffix: ClassVar[str]
+    """Of the file or folder that is written."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Modules that must be there."""
+    extra: ClassVar[str] = ""
+    """The optional dependency of ours that installs them."""
+    runs_here: ClassVar[bool] = True
+    """Whether this machine has the runtime."""
+    quantizes: ClassVar[bool] = False
+    """Whether `write` takes calibration images."""
+
+    def check(self) -> None:
+        """Look for the packages.
+
+        Raises:
+            UserError: one is missing.
+        """
+        if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
+            raise UserError(f'{missing[0]} is not installed; pip install -e ".[{self.extra}]"')
+
+    def write(
+        self,
+        network: Deployed,
+        target: Target,
+        path: Path,
+        calibration: Sequence[np.ndarray] | None = None,
+        float_layers: int = 0,
+    ) -> None:
+        """Write the network to `path`.
+
+        Args:
+            network: what to export.
+            target: what comes in and out.
+            path: file or folder that is not there yet.
+            calibration: pixels `[1, 3, H, W]` of images; given, weights and activations become int8.
+            float_layers: of int8, so many convolutions from the first on stay in float.
+        """
+        raise NotImplementedError
+
+    def open(self, path: Path, threads: int) -> Runner:
+        """Load what was written into the format's own runtime."""
+        raise NotImplementedError

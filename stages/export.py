@@ -1,0 +1,118 @@
+"""Export a segmenter to a file for a device, verified on real images in the file's own runtime.
+
+python stages/export.py --model runs/quickstart-s0 --format onnx --size 96x96
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+import platform  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import tempfile  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import torch  # noqa: E402
+
+from mgd import cli  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.export import samples  # noqa: E402
+from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Target  # noqa: E402
+from mgd.export.verify import verified_export  # noqa: E402
+from mgd.files import write_json  # noqa: E402
+from mgd.models.segmenter import find_model, fingerprint, load_segmenter  # noqa: E402
+from mgd.recipe import load  # noqa: E402
+from mgd.registry import EXPORTERS  # noqa: E402
+from mgd.runs import device_name, versions  # noqa: E402
+
+
+def main() -> None:
+    """Write one file, try it, keep it if it does what the network does."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
+    flags.add_argument("--format", required=True, help=", ".join(EXPORTERS.names()))
+    flags.add_argument("--size", type=_size, help="of an image, HEIGHTxWIDTH; left out, the training crop")
+    flags.add_argument(
+        "--dynamic", action="store_true", help=f"take other sizes, too ({LEAST_SIDE} to {GREATEST_SIDE} a side)"
+    )
+    flags.add_argument("--bake", action="store_true", help="uint8 pixels in, uint8 class map out")
+    flags.add_argument("--int8", action="store_true", help="quantise, calibrated on the unlabelled images")
+    flags.add_argument("--max-drop", type=float, default=1.0, help="points of mIoU that int8 may cost (1.0)")
+    flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
+    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. data.root=...")
+    flags.add_argument("--images", metavar="DIR", help="use these images instead; there is no mIoU then")
+    flags.add_argument("--samples", type=cli.at_least(1), default=100, help="images to try, and to calibrate with")
+    flags.add_argument("--threads", type=cli.at_least(1), default=1, help="of the runtime, for the latency (1)")
+    flags.add_argument("--output", type=cli.output_folder, help="folder; left out, export/ in the run")
+    args = flags.parse_args()
+
+    exporter = EXPORTERS.get(args.format)()
+    exporter.check()
+    if args.int8 and not exporter.quantizes:
+        able = [name for name in EXPORTERS.names() if EXPORTERS.get(name).quantizes]
+        raise UserError(f"--format {args.format} has no --int8 here; formats that have: {', '.join(able)}")
+    folder = find_model(args.model)
+    model = load_segmenter(folder)
+    size = args.size or (model.crop, model.crop)
+    if None in size:
+        raise UserError(f"{args.model} does not say at what size it was trained; --size HEIGHTxWIDTH")
+    target = Target(*size, args.dynamic, args.bake)
+
+    # ---- images, read before anything is written ----
+    if args.images:
+        tried = calibrated = samples.of_folder(args.images, model, args.samples)
+    else:
+        source = args.recipe or folder / "recipe.toml"
+        if not Path(source).exists():
+            raise UserError(f"{source} is not there; name the data with --recipe, or give a folder with --images")
+        tried, calibrated = samples.of_recipe(load(source, args.set), model, args.samples)
+
+    # ---- the file: made aside, and put in its place once it has shown itself good ----
+    torch.set_num_threads(args.threads)
+    marks = {"dynamic": args.dynamic, "baked": args.bake, "int8": args.int8}
+    name = "-".join(["model", f"{size[0]}x{size[1]}", *(mark for mark in marks if marks[mark])]) + exporter.suffix
+    output = Path(args.output or (Path(args.model) if Path(args.model).is_dir() else Path()) / "export")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as aside:
+        row, notes = verified_export(
+            exporter,
+            args.format,
+            model,
+            target,
+            Path(aside) / name,
+            tried,
+            calibrated if args.int8 else None,
+            args.max_drop,
+            args.threads,
+        )
+        final = output / name
+        if final.exists():
+            shutil.rmtree(final) if final.is_dir() else final.unlink()
+        shutil.move(Path(aside) / name, final)
+    facts = {"format": args.format, "backbone": model.section.backbone, "head": model.section.head.name}
+    facts |= {"height": size[0], "width": size[1]} | marks
+    facts |= {"classes": list(model.classes), "image_scale": model.image_scale, "fingerprint": fingerprint(model)}
+    where = {"device": device_name(torch.device("cpu")), "platform": platform.machine(), "versions": versions()}
+    write_json(final.with_name(final.name + ".json"), facts | row | {"threads": args.threads, "notes": notes} | where)
+    off = row.get("logits off by")
+    cli.print_rows([row | ({} if off is None else {"logits off by": f"{off:.1e}"})])
+    for note in notes:
+        print(note)
+    pixels = str(target.dtype).removeprefix("torch.")
+    print(f"{final}: {target.output} of RGB pixels 0..255 ({pixels}, NCHW); timed on {args.threads} thread(s)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found or min(map(int, found.groups())) < LEAST_SIDE // 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; HEIGHTxWIDTH, e.g. 512x512, each at least 32")
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    cli.run(main)
