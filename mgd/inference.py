@@ -24,15 +24,31 @@ def predict(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor
     Returns:
         `[B, H, W]` int64 classes.
     """
+    return predict_scores(model, image, section, crop).argmax(dim=1)
+
+
+def predict_scores(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:
+    """Predict how well each class fits, with the recipe's test-time scales and flip.
+
+    Args:
+        model: segmenter in eval mode.
+        image: `[B, 3, H, W]`, pixel values 0..255.
+        section: the recipe's `[eval]`.
+        crop: side of the sliding window when `section.crop` is left out, pixels.
+
+    Returns:
+        `[B, K, H, W]`: logits, whose softmax is the probabilities; of several scales or mirrored images, the
+        logarithm of the mean probabilities.
+    """
     if section.scales == (1.0,) and not section.flip:
-        return predict_logits(model, image, section, crop).argmax(dim=1)
-    size, total = image.shape[-2:], 0.0
+        return predict_logits(model, image, section, crop)
+    size, total, count = image.shape[-2:], 0.0, 0
     for seen, mirrored in views(image, section.scales, section.flip):
         logits = predict_logits(model, seen, section, crop)
         logits = logits.flip(-1) if mirrored else logits
         logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        total = total + logits.softmax(dim=1)
-    return total.argmax(dim=1)
+        total, count = total + logits.softmax(dim=1), count + 1
+    return (total / count).clamp(min=1e-12).log()
 
 
 def views(image: Tensor, scales: Sequence[float], flip: bool) -> Iterator[tuple[Tensor, bool]]:

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +78,24 @@ def run_stage(stage: str, *args: object, launcher: tuple[str, ...] = (), cwd=Non
         env={**os.environ, **(env or {})},
         timeout=280,
     )
+
+
+def call_stage(capsys, stage: str, *args: object) -> tuple[int, str, str]:
+    """Run a stage in this process, which saves the imports; returns exit status, stdout and stderr."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [stage, *map(str, args)])
+        patch.setattr(sys, "path", list(sys.path))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
+        try:
+            runpy.run_path(str(ROOT / "stages" / stage), run_name="__main__")
+            status = 0
+        except SystemExit as ended:
+            status = ended.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    out, err = capsys.readouterr()
+    return status, out, err
 
 
 def steps_done(folder: Path) -> int:

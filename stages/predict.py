@@ -1,0 +1,134 @@
+"""Segment images with a trained model: masks, colours and overlays.
+
+python stages/predict.py --model runs/quickstart-s0 --input photos --output predictions
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+import itertools  # noqa: E402
+from collections import Counter  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import PIL.Image  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from mgd import cli  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.files import write_aside  # noqa: E402
+from mgd.inference import predict_scores  # noqa: E402
+from mgd.models.segmenter import enlarge, find_model, load_segmenter  # noqa: E402
+from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
+from mgd.plots import overlay, save_prediction  # noqa: E402
+from mgd.recipe import Eval, load  # noqa: E402
+
+KINDS = ("masks", "colors", "overlays", "probabilities")
+
+
+def main() -> None:
+    """Segment every image that can be read, and name those that cannot."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
+    flags.add_argument("--input", required=True, help="an image, a folder, or a quoted pattern like 'shots/*.jpg'")
+    flags.add_argument("--output", required=True, type=cli.output_folder, help="folder for the results")
+    flags.add_argument(
+        "--save", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="what to write (all but probabilities)"
+    )
+    flags.add_argument("--batch", type=cli.at_least(1), default=8, help="images of one size at once")
+    flags.add_argument("--set", action="append", default=[], metavar="EVAL.KEY=VALUE", help="e.g. eval.mode=slide")
+    args = flags.parse_args()
+
+    accelerator = Accelerator()
+    folder = find_model(args.model)
+    model = load_segmenter(folder).eval().to(accelerator.device)
+    section, crop = _how(folder, args.set, model.crop)
+    files = list_pictures(args.input)
+    names = _names(files, Path(args.input))
+    share = list(zip(files, names, strict=True))[accelerator.process_index :: accelerator.num_processes]
+
+    unreadable, done = [], 0
+    bar = tqdm(total=len(share), unit="img", leave=False, disable=None if accelerator.is_main_process else True)
+    with bar, torch.inference_mode():
+        for group in _batches(share, args.batch, unreadable):
+            small = [to_tensor(rescale(picture, None, model.image_scale)[0]) for _, picture in group]
+            scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
+            scores = enlarge(scores, group[0][1].size[::-1])
+            for (name, picture), one in zip(group, scores, strict=True):
+                _save(Path(args.output), name, np.asarray(picture), one, model.colors, args.save)
+            done += len(group)
+            bar.update(done + len(unreadable) - bar.n)
+    for problem in unreadable:
+        print(f"note: {problem}", file=sys.stderr)
+    if not done:
+        raise UserError(f"{args.input}: none of the {len(share)} images can be read")
+    left_out = f"; {len(unreadable)} could not be read" if unreadable else ""
+    print(f"{args.output}: {', '.join(args.save)} of {done} images{left_out}")
+
+
+def _how(folder: Path, overrides: list[str], crop: int | None) -> tuple[Eval, int]:
+    """Return how images are predicted: as the model's own recipe evaluates, with what `--set` changes."""
+    if not (folder / "recipe.toml").exists():
+        if overrides:
+            raise UserError(f"{folder} has no recipe.toml that --set could change")
+        return Eval(), crop or 512
+    if odd := [text for text in overrides if not text.startswith("eval.")]:
+        raise UserError(f"--set {odd[0]}: only eval.* matters for a prediction")
+    recipe = load(folder / "recipe.toml", overrides)
+    return recipe.eval, recipe.data.crop
+
+
+def _names(files: list[Path], source: Path) -> list[str]:
+    """Name the results after the images: by place below the folder, without suffix where that is enough."""
+    root = source if source.is_dir() else None
+    paths = [path.relative_to(root) if root else Path(path.name) for path in files]
+    stems = Counter(path.with_suffix("") for path in paths)
+    names = [str(path.with_suffix("") if stems[path.with_suffix("")] == 1 else path) for path in paths]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{source}: several images are called {twice[0]}; give their folder instead of a pattern")
+    return names
+
+
+def _batches(
+    share: list[tuple[Path, str]], size: int, unreadable: list[str]
+) -> Iterator[list[tuple[str, PIL.Image.Image]]]:
+    """Yield lists of (name, picture), all of one size."""
+    for _, group in itertools.groupby(_read(share, unreadable), key=lambda item: item[1].size):
+        while chunk := list(itertools.islice(group, size)):
+            yield chunk
+
+
+def _read(share: list[tuple[Path, str]], unreadable: list[str]) -> Iterator[tuple[str, PIL.Image.Image]]:
+    for path, name in share:
+        try:
+            yield name, read_picture(path)
+        except UserError as error:
+            unreadable.append(str(error))
+
+
+def _save(output: Path, name: str, picture: np.ndarray, scores: torch.Tensor, colors: tuple, kinds: list[str]) -> None:
+    """Write what was asked for of one image; `scores` `[K, H, W]`."""
+    classes = scores.argmax(dim=0).to(torch.uint8).cpu()
+    if "masks" in kinds:
+        save_prediction(output / "masks", colors, lambda label: label.astype(np.uint8), name, classes)
+    label = classes.numpy()
+    pictures = {"colors": colorize(label, colors), "overlays": overlay(picture, label, colors)}
+    for kind in pictures.keys() & set(kinds):
+        image = PIL.Image.fromarray(pictures[kind])
+        write_aside(output / kind / f"{name}.png", lambda path, image=image: image.save(path, format="PNG"))
+    if "probabilities" in kinds:
+        tensors = {"probabilities": scores.softmax(dim=0).half().cpu().contiguous()}
+        write_aside(output / "probabilities" / f"{name}.safetensors", lambda path: save_file(tensors, path))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,78 @@
+import importlib.util
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from accelerate import Accelerator
+from conftest import call_stage, run_stage
+
+from mgd.experiment import run_recipe
+from mgd.recipe import load
+
+pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    import tomli_w
+    from conftest import TINY, merged
+
+    folder = tmp_path_factory.mktemp("export")
+    path = folder / "tiny.toml"
+    path.write_text(tomli_w.dumps(merged(TINY, {"run": {"output": str(folder / "runs")}})))
+    recipe = load(path)
+    run_recipe(recipe, Accelerator(cpu=True))
+    return recipe.run_dir
+
+
+def test_a_run_becomes_a_file_that_runs_without_us(run):
+    import onnxruntime
+
+    ran = run_stage("export.py", "--model", run, "--format", "onnx", "--size", "48x64", "--bake", "--samples", 4)
+    assert ran.returncode == 0, ran.stderr
+    assert not ran.stderr
+    path = run / "export" / "model-48x64-baked.onnx"
+    pixels = np.random.default_rng(0).integers(256, size=(1, 3, 48, 64), dtype=np.uint8)
+    classes = onnxruntime.InferenceSession(path).run(None, {"image": pixels})[0]
+    assert classes.shape == (1, 48, 64) and classes.dtype == np.uint8
+    facts = json.loads((run / "export" / "model-48x64-baked.onnx.json").read_text())
+    assert facts["same class %"] > 99.9 and facts["images"] == 4 and facts["baked"] and facts["p95 ms"] > 0
+    assert facts["mIoU %"] == pytest.approx(facts["network's mIoU %"], abs=0.5)
+    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.json"]
+
+
+def test_tried_on_a_folder_of_images(run, tmp_path, capsys):
+    (tmp_path / "pool").mkdir()
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(256, size=(60, 50, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / "pool" / f"{index}.png")
+    arguments = ("--model", run, "--format", "torch_export", "--size", "48x48", "--images", tmp_path / "pool")
+    status, out, error = call_stage(capsys, "export.py", *arguments, "--output", tmp_path / "out")
+    assert status == 0, error
+    assert "model-48x48.pt2 | " in out and (tmp_path / "out" / "model-48x48.pt2").stat().st_size > 0
+    facts = json.loads((tmp_path / "out" / "model-48x48.pt2.json").read_text())
+    assert facts["mIoU %"] is None and facts["images"] == 4
+
+
+def test_bad_input_is_one_line(run, tmp_path, capsys):
+    for arguments, message in (
+        (("--format", "onx"), "unknown format 'onx'; did you mean 'onnx'"),
+        (("--format", "torch_export", "--int8"), "has no --int8 here; formats that have: executorch, onnx, openvino"),
+        (("--format", "onnx", "--size", "12"), "'12' is no size; HEIGHTxWIDTH"),
+        (("--format", "onnx", "--images", tmp_path / "none"), "no image there"),
+        (("--format", "onnx", "--recipe", tmp_path / "none.toml"), "none.toml is not there"),
+    ):
+        status, _, error = call_stage(capsys, "export.py", "--model", run, *arguments, "--output", tmp_path / "out")
+        assert status == 2 and message in error, error
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_named(run, monkeypatch, capsys):
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, find=importlib.util.find_spec: None if name == "onnxscript" else find(name),
+    )
+    status, _, error = call_stage(capsys, "export.py", "--model", run, "--format", "onnx")
+    assert status == 2 and 'onnxscript is not installed; pip install -e ".[onnx]"' in error
