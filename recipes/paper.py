@@ -23,6 +23,14 @@ LEARNING_RATES = {
     "voc": {"r101": 0.01, "wrn50": 0.004, "r18": 0.01, "mbv2": 0.014},
     "city": {"r101": 0.02, "wrn50": 0.02, "r18": 0.02, "mbv2": 0.02},
 }
+# Ours, not the paper's: light backbones under a narrow head. name: backbone, GMACs of the whole network at 512x512
+COMPACT = {
+    "mbv2": ("mobilenetv2_100", 2.5),
+    "mnv4s": ("mobilenetv4_conv_small", 2.2),
+    "efficientvit": ("efficientvit_b0", 1.4),
+    "hgnetv2": ("hgnetv2_b0", 2.9),
+}
+COMPACT_WIDTH = 48
 CODE_LAMBDAS = {("voc", "mbv2"): (0.0005, 50), ("city", "r18"): (0.001, 100)}
 CPS_WEIGHTS = {
     "voc": {"weight": 1.0, "cps_note": "  # the authors of CPS: 1.5"},
@@ -101,6 +109,8 @@ def all_recipes() -> Iterator[tuple[str, str]]:
             target = row[5] if data == "voc" else row[6]
             if target is not None:
                 yield _ablation(data, ablation, row, target)
+        for network in COMPACT:
+            yield _compact(data, network)
     for share in SHARES:
         for network, method in (*PSEUDOSEG, ("r18", "kd"), ("r18", "cwd")):
             yield _plain("voc", network, share, method, protocol="pseudoseg")
@@ -119,6 +129,21 @@ def _plain(data: str, network: str, share: str, method: str, protocol: str = "cp
     if method in ("mgd", "kd", "cwd"):
         body = "".join(_teacher(key, recipe) for key, recipe in teachers.items()) + body
     return _recipe(name, data, network, share, protocol, body, (targets[place], table) if targets else None)
+
+
+def _compact(data: str, network: str) -> tuple[str, str]:
+    """Return the MGD recipe of mbv2 at 1/8 with a light network in its place."""
+    backbone, gmacs = COMPACT[network]
+    _, text = _plain(data, "mbv2", "1/8", "mgd")
+    name, size = f"{data}_{network}_1-8_compact", f"{gmacs} GMACs at 512x512, head and all"
+    body = text[text.index("\n[run]") :].replace(f"{data}_mbv2_1-8-s", f"{name}-s")
+    body = body.replace('backbone = "mobilenetv2_100"', f'backbone = "{backbone}"')
+    body = body.replace("channels = 256\n", f"channels = {COMPACT_WIDTH}\n", 1)
+    return name, (
+        f"# accelerate launch stages/distill.py --recipe recipes/{name}.toml\n"
+        f"# For devices: {size}. No target: the paper has no such student. Cost: GPU hours, not measured here.\n"
+        f"# Written by recipes/generate.py.\n{body[: body.index('[reference]')].rstrip()}\n"
+    )
 
 
 def _ablation(data: str, ablation: str, row: tuple, target: float) -> tuple[str, str]:

@@ -4,6 +4,7 @@ python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml
 python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml --suite step --set data.crop=256
 """
 
+import argparse
 import os
 import sys
 
@@ -11,20 +12,22 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
+import torch  # noqa: E402
+
 from mgd import cli  # noqa: E402
-from mgd.benchmarks import data, evaluation, step  # noqa: E402
+from mgd.benchmarks import data, evaluation, inference, step  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
 from mgd.models.segmenter import model_section  # noqa: E402
-from mgd.recipe import load  # noqa: E402
+from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.runs import device_name  # noqa: E402
+
+SUITES = ("costs", "step", "eval", "data", "infer", "students")
 
 
 def main() -> None:
     """Count the student of a recipe and the teachers that it names by recipe."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
-    flags.add_argument(
-        "--suite", choices=("costs", "step", "eval", "data"), default="costs", help="what is measured (costs)"
-    )
+    flags.add_argument("--suite", choices=SUITES, default="costs", help="what is measured (costs)")
     flags.add_argument("--batch", type=cli.at_least(2), default=2, help="step: labelled images, at least 2")
     flags.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
@@ -34,11 +37,16 @@ def main() -> None:
     flags.add_argument(
         "--size", type=cli.at_least(32), nargs="+", help="sides of the image, pixels; left out, the recipe's crop"
     )
+    flags.add_argument("--threads", type=cli.at_least(1), default=1, help="infer, students: of the runtime (1)")
+    flags.add_argument("--target-ms", type=float, default=30.0, help="students: milliseconds an image may take (30)")
+    flags.add_argument("--backbones", nargs="+", default=inference.BACKBONES, help="students: timm names")
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     networks = {"student": recipe.student}
     for name, teacher in recipe.teachers.items():
         networks[name] = load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
+    if args.suite in ("infer", "students"):
+        return _latencies(recipe, args)
     if args.suite == "step":
         teachers = {name: section for name, section in networks.items() if name != "student"}
         accelerator = cli.start(recipe)
@@ -74,6 +82,21 @@ def main() -> None:
                 rows.append(row | {"conv_gmacs": cost.conv_gmacs})
     cli.print_rows(rows, args.json)
     print("gmacs: BatchNorm counted as in the paper; conv_gmacs: torch's own count. One image, one forward pass.")
+
+
+def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Print what networks take in ONNX Runtime."""
+    classes, size = len(recipe.data.class_names()), args.size[0] if args.size else recipe.data.crop
+    where = f"{size}x{size}, batch 1, {args.threads} thread(s), ONNX Runtime on {device_name(torch.device('cpu'))}"
+    if args.suite == "infer":
+        cli.print_rows(inference.suite(recipe.student, classes, size, args.threads, args.repetitions), args.json)
+        print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")
+        print("reference: DeepLabV3Plus of segmentation_models.pytorch with mobilenet_v2; for int8, ours in fp32")
+        return
+    cli.print_rows(
+        inference.students(args.backbones, classes, size, args.threads, args.target_ms, args.repetitions), args.json
+    )
+    print(f"{where}; fits: p50 of at most {args.target_ms:g} ms")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import timm
 from accelerate import Accelerator
 from conftest import ROOT
 
+from mgd.complexity import model_costs
 from mgd.experiment import run_recipe
 from mgd.models.segmenter import build_segmenter, check_trainable
 from mgd.recipe import load
@@ -199,3 +200,11 @@ def test_a_recipe_of_each_family_takes_two_steps(trees, name):
     }
     metrics = run_recipe(recipe, Accelerator(), teachers)
     assert (metrics["steps"], metrics["num_labeled"], metrics["num_unlabeled"], metrics["num_val"]) == (2, 2, 3, 1)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.endswith("_compact")], ids=lambda p: p.name)
+def test_compact_students_are_light(path):
+    section, dense = load(path).student, load(ROOT / "recipes" / "voc_mbv2_1-8.toml").student
+    cost = model_costs(section, 21, 512)["total"].gmacs
+    assert cost <= 3 and cost * 7 <= model_costs(dense, 21, 512)["total"].gmacs
+    assert f"For devices: {cost:.1f} GMACs at 512x512" in path.read_text()

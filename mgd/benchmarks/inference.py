@@ -1,0 +1,131 @@
+"""Latency on a CPU, in ONNX Runtime: of a student beside a well-known library's, and of many students."""
+
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mgd.benchmarks.timing import alternate
+from mgd.complexity import model_costs
+from mgd.errors import UserError
+from mgd.export.base import Deployed, Target
+from mgd.export.onnx import OnnxExporter
+from mgd.export.verify import latency
+from mgd.models.segmenter import Segmenter
+from mgd.recipe import ModelSection, parse_model
+
+BACKBONES = (
+    "mobilenetv2_100",
+    "mobilenetv3_large_100",
+    "mobilenetv4_conv_small",
+    "efficientvit_b0",
+    "hgnetv2_b0",
+    "tf_efficientnet_lite0",
+    "starnet_s1",
+    "resnet18d",
+)
+HEADS: dict[str, dict[str, Any]] = {
+    "dense, width 256": {"name": "deeplabv3plus", "channels": 256},
+    "dense, width 48": {"name": "deeplabv3plus", "channels": 48, "low_level_channels": 24},
+    "separable, width 128": {"name": "deeplabv3plus_separable"},
+    "lraspp": {"name": "lraspp"},
+}
+
+
+def suite(section: ModelSection, num_classes: int, size: int, threads: int, repetitions: int) -> list[dict[str, Any]]:
+    """Time a student beside DeepLabV3+ with MobileNetV2 of segmentation_models.pytorch, both without trained weights.
+
+    Args:
+        section: the recipe's `[student]`.
+        num_classes: K.
+        size: side of the image, pixels.
+        threads: of the runtime.
+        repetitions: rounds that count.
+
+    Returns:
+        Rows `name, reference, ours, ratio`, milliseconds an image: theirs beside ours in float32, and ours in float32
+        beside ours in int8.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    OnnxExporter().check()
+    try:
+        import segmentation_models_pytorch
+    except ImportError as error:
+        raise UserError(
+            'segmentation-models-pytorch, the reference, is not installed; pip install -e ".[dev]"'
+        ) from error
+    torch.manual_seed(0)
+    theirs = segmentation_models_pytorch.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, classes=num_classes)
+    ours = _network(section, num_classes)
+    target = Target(size, size)
+    noise = [np.random.default_rng(index).random((1, 3, size, size), np.float32) * 255 for index in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            "theirs": _runner(theirs.eval(), target, Path(folder) / "theirs.onnx", threads),
+            "ours": _runner(ours, target, Path(folder) / "ours.onnx", threads),
+            "int8": _runner(ours, target, Path(folder) / "int8.onnx", threads, noise),
+        }
+        calls = {name: functools.partial(run, noise[0]) for name, run in runs.items()}
+        seconds = alternate(calls, repetitions, torch.device("cpu"))
+    milliseconds = {name: value * 1e3 for name, value in seconds.items()}
+    return [
+        _row("infer: fp32, ms", milliseconds["theirs"], milliseconds["ours"]),
+        _row("infer: fp32 -> int8, ms", milliseconds["ours"], milliseconds["int8"]),
+    ]
+
+
+def students(
+    backbones: Sequence[str], num_classes: int, size: int, threads: int, target_ms: float, repetitions: int
+) -> list[dict[str, Any]]:
+    """List backbones under heads: what they cost, how long an image takes, and whether that is fast enough.
+
+    Args:
+        backbones: timm names.
+        num_classes: K.
+        size: side of the image, pixels.
+        threads: of the runtime.
+        target_ms: milliseconds an image may take.
+        repetitions: images that are timed.
+
+    Returns:
+        A row a pair, the fastest first.
+    """
+    OnnxExporter().check()
+    target, rows = Target(size, size), []
+    pairs = [(backbone, head) for backbone in backbones for head in HEADS]
+    for backbone, head in tqdm(pairs, leave=False, disable=None):
+        table = {"backbone": backbone, "pretrained": False, "output_stride": 32, "head": HEADS[head]}
+        section = parse_model(table, source=f"--backbones {backbone}")
+        cost = model_costs(section, num_classes, size)["total"]
+        with tempfile.TemporaryDirectory() as folder:
+            run = _runner(_network(section, num_classes), target, Path(folder) / "model.onnx", threads)
+            speed = latency(run, target.example().numpy(), repetitions)
+        row = {"backbone": backbone, "head": head, "params M": cost.params_m, "GMACs": cost.gmacs, **speed}
+        rows.append(row | {"fits": "yes" if speed["p50 ms"] <= target_ms else ""})
+    return sorted(rows, key=lambda row: row["p50 ms"])
+
+
+def _network(section: ModelSection, num_classes: int) -> Segmenter:
+    torch.manual_seed(0)
+    return Segmenter(section, [str(index) for index in range(num_classes)], [(0, 0, 0)] * num_classes)
+
+
+def _runner(
+    network: nn.Module, target: Target, path: Path, threads: int, calibration: Sequence[np.ndarray] | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
+    deployed = Deployed(network, target) if isinstance(network, Segmenter) else network
+    exporter = OnnxExporter()
+    exporter.write(deployed, target, path, calibration)
+    return exporter.open(path, threads)
+
+
+def _row(name: str, reference: float, ours: float) -> dict[str, Any]:
+    return {"name": name, "reference": reference, "ours": ours, "ratio": reference / ours}

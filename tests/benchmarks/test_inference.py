@@ -1,0 +1,30 @@
+import pytest
+
+from mgd.benchmarks import inference
+from mgd.errors import UserError
+from mgd.recipe import parse_model
+
+pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+
+
+def test_students_are_listed_with_what_fits(monkeypatch):
+    heads = {name: inference.HEADS[name] for name in ("dense, width 256", "lraspp")}
+    monkeypatch.setattr(inference, "HEADS", heads)
+    rows = inference.students(["test_resnet"], 21, 64, 1, target_ms=1e9, repetitions=3)
+    assert [row["p50 ms"] for row in rows] == sorted(row["p50 ms"] for row in rows)
+    cost = {row["head"]: row["GMACs"] for row in rows}
+    assert cost["lraspp"] < cost["dense, width 256"] and all(row["fits"] for row in rows)
+    monkeypatch.setattr(inference, "HEADS", {"lraspp": heads["lraspp"]})
+    assert not inference.students(["test_resnet"], 21, 64, 1, target_ms=0.0, repetitions=1)[0]["fits"]
+    with pytest.raises(UserError, match="no such model"):
+        inference.students(["mobilnet"], 21, 64, 1, 1.0, 1)
+
+
+def test_beside_segmentation_models_pytorch():
+    pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    head = {"name": "lraspp", "channels": 16}
+    table = {"backbone": "test_resnet", "pretrained": False, "output_stride": 16, "head": head}
+    rows = inference.suite(parse_model(table, source="test"), 3, 64, 1, repetitions=1)
+    assert [row["name"] for row in rows] == ["infer: fp32, ms", "infer: fp32 -> int8, ms"]
+    assert all(row["ratio"] == row["reference"] / row["ours"] > 0 for row in rows)
+    assert rows[0]["ours"] == rows[1]["reference"]
