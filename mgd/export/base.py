@@ -1,5 +1,6 @@
 """What is exported, and what an exporter of a format does."""
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,7 +8,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mgd.errors import UserError
 from mgd.models.segmenter import Segmenter
@@ -54,17 +57,38 @@ class Target(NamedTuple):
         return (dict(enumerate(sides, start=2)),)
 
 
+class _SimplyPadded(Conv2dSame):
+    """TensorFlow's "same" padding in whole numbers: of timm's, a file of dynamic size takes minutes to trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `Conv2dSame` does."""
+        padding = []
+        for axis in (1, 0):  # functional.pad begins with the last dimension
+            missing = _overlap(self, axis) + -x.shape[2 + axis] % self.stride[axis]
+            padding += [missing // 2, missing - missing // 2]
+        x = functional.pad(x, padding)
+        return functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _overlap(convolution: nn.Conv2d, axis: int) -> int:
+    """Pixels that neighbouring places of the kernel share."""
+    return (convolution.kernel_size[axis] - 1) * convolution.dilation[axis] + 1 - convolution.stride[axis]
+
+
 class Deployed(nn.Module):
     """A segmenter with a single tensor out, in eval mode and the layout that converters expect.
 
     Args:
-        model: is copied to the CPU's default layout.
+        model: is copied, to the CPU's default layout.
         target: what comes in and out.
     """
 
     def __init__(self, model: Segmenter, target: Target) -> None:
         super().__init__()
-        self.model, self.baked = model, target.baked
+        self.model, self.baked = copy.deepcopy(model), target.baked
+        for module in self.model.modules():
+            if type(module) is Conv2dSame and min(_overlap(module, 0), _overlap(module, 1)) >= 0:
+                module.__class__ = _SimplyPadded
         self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Every format that is installed: the file against the network, in the file's own runtime."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from timm.layers import Conv2dSame
 
 from mgd.errors import UserError
+from mgd.export import base
 from mgd.export.base import Deployed, Exporter, Target
 from mgd.export.verify import Findings, Sample, judge, verified_export
 from mgd.models.segmenter import build_segmenter
@@ -152,6 +156,16 @@ def test_miou_of_the_file(tmp_path):
             intersections = intersections + torch.eye(4)[index] * (a & b).sum()
             unions = unions + torch.eye(4)[index] * (a | b).sum()
     assert row["mIoU %"] == pytest.approx((intersections / unions).mean().item() * 100, abs=0.05)
+
+
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 2, 1), (5, 2, 1), (3, 1, 2), (4, 3, 1), (1, 1, 1)])
+def test_same_padding_is_timms(kernel, stride, dilation):
+    theirs = Conv2dSame(3, 4, kernel, stride=stride, dilation=dilation)
+    ours = copy.deepcopy(theirs)
+    ours.__class__ = base._SimplyPadded
+    for size in ((32, 33), (31, 34), (35, 36)):
+        image = torch.randn(1, 3, *size)
+        assert torch.equal(ours(image), theirs(image))
 
 
 def test_unknown_format():
