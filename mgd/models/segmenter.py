@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from torch.nn import functional
 from mgd.errors import UserError
 from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
+from mgd.models.card import short_card
 from mgd.pictures import colorize, rescale, to_rgb, to_tensor
 from mgd.recipe import ModelSection, parse_model
 from mgd.registry import HEADS
@@ -137,6 +138,29 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory)
+
+    def push_to_hub(self, repo_id: str, *, model_card_kwargs: dict | None = None, **options) -> str:
+        """Upload the network alone, with a short card; `stages/push.py` uploads a run.
+
+        Args:
+            repo_id: repository ("org/name").
+            model_card_kwargs: see `generate_model_card`.
+            **options: of `huggingface_hub.ModelHubMixin.push_to_hub`, such as `private`.
+
+        Returns:
+            URL of the commit.
+        """
+        card = {"repo_id": repo_id} | (model_card_kwargs or {})
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
+
+    def generate_model_card(self, repo_id: str = ".", **data) -> ModelCard:
+        """Return a short card: what `save_pretrained` and `push_to_hub` write as README.md.
+
+        Args:
+            repo_id: what its usage example loads; "." is the folder that it lies in.
+            **data: more fields of its front matter, such as `license`.
+        """
+        return short_card(self.section.backbone, self.classes, self.colors, repo_id, **data)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **download) -> "Segmenter":
