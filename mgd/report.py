@@ -94,7 +94,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         try:
             recipe = load(folder / "recipe.toml")
             metrics = read_json(folder / "metrics.json", _METRICS)
-            _check_metrics(metrics, recipe)
+            check_metrics(metrics, recipe)
             cost = model_costs(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
         except UserError as error:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
@@ -239,8 +239,12 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _check_metrics(metrics: Mapping[str, Any], recipe: Recipe) -> None:
+def check_metrics(metrics: Mapping[str, Any], recipe: Recipe) -> None:
     """Refuse numbers that no run of ours writes.
+
+    Args:
+        metrics: what metrics.json holds.
+        recipe: of the run.
 
     Raises:
         UserError: naming the key.
