@@ -55,6 +55,8 @@ class OnnxExporter(Exporter):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # Or the threads of one session go on spinning while the next one runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda pixels: session.run(None, {"image": pixels})[0]
 
