@@ -204,6 +204,9 @@ def pushed(run, elsewhere, root):
     return elsewhere(PUSHES, cases)
 
 
+DAMAGED = ("org/half", "org/odd", "org/less", "org/torn")
+
+
 @pytest.fixture(scope="module")
 def loaded(pushed, elsewhere, hub, root):
     """Load what was pushed, and damaged copies of it; return the folder, and what was refused."""
@@ -219,10 +222,11 @@ def loaded(pushed, elsewhere, hub, root):
         "org/less": {"model.safetensors": less},
         "org/torn": {"model.safetensors": files["model.safetensors"][:-9]},
     }
+    assert tuple(damaged) == DAMAGED
     for repo, changes in damaged.items():
         hub.repos[repo] = Repository(private=False)
         hub.repos[repo].commit(files | changes)
-    loads = {repo: (repo, {}) for repo in (*damaged, "org/tiny", "org/secret", "org/nowhere")}
+    loads = {repo: (repo, {}) for repo in (*DAMAGED, "org/tiny", "org/secret", "org/nowhere")}
     loads |= {"before": ("org/tiny", {"revision": first}), "with token": ("org/secret", {"token": WRITER})}
     (root / "elsewhere" / "snippet.py").write_text(snippet(files["README.md"].decode()))
     return root / "elsewhere", elsewhere(LOADS, {"loads": loads, "token": WRITER})
@@ -247,11 +251,16 @@ def test_a_push_is_one_commit_and_a_second_one_replaces_it(pushed, hub, run):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_pushed_is_one_line(pushed, hub, name):
+def test_what_cannot_be_pushed_is_one_line(pushed, name):
     code, out, err = pushed[name]
     assert code == 2 and not out
     assert re.fullmatch(rf"error: .*{REFUSED[name]}.*\n", err), err
-    assert "org/new" not in hub.repos and len(hub.repos["org/tiny"].commits) == 3
+
+
+def test_what_cannot_be_pushed_leaves_nothing_behind(pushed, hub):
+    assert {"org/tiny", "org/secret"} <= set(hub.repos) <= {"org/tiny", "org/secret", "org/plain", *DAMAGED}
+    assert len(hub.repos["org/tiny"].commits) == 3 and not hub.repos["org/tiny"].private
+    assert len(hub.repos["org/secret"].commits) == 2 and hub.repos["org/secret"].private
 
 
 def test_no_hub_there(run, monkeypatch):
@@ -293,7 +302,7 @@ def test_loaded_elsewhere_it_is_the_same_network(loaded, run):
     for name, expected in (("before", first), ("tiny", second), ("plain", second), ("with token", first)):
         found = logits[name] if name in logits else logits[f"org/{name}"]
         assert torch.equal(found, expected), name
-    assert set(refused) == {"org/half", "org/odd", "org/less", "org/torn", "org/secret", "org/nowhere"}
+    assert set(refused) == {*DAMAGED, "org/secret", "org/nowhere"}
 
 
 def test_what_was_tampered_with_is_refused(loaded):
