@@ -20,6 +20,7 @@ from mgd.errors import UserError
 from mgd.models.segmenter import check_trainable
 from mgd.recipe import DataSection, Recipe
 from mgd.registry import METHODS
+from mgd.tracking import check_tracker
 
 
 def load_splits(section: DataSection) -> Splits:
@@ -64,6 +65,7 @@ def check_recipe(
         raise UserError(
             f"[run] compile = true needs a compiler, {' or '.join(compilers)}; install one, or leave it out"
         )
+    check_tracker(recipe.run.tracker)
     if recipe.cache and recipe.cache_dir == recipe.run_dir:
         raise UserError(f"[cache] folder = {recipe.cache.folder!r} is the folder of the run; name another")
     for name, teacher in (teachers or {}).items():

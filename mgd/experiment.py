@@ -31,6 +31,7 @@ from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
 from mgd.runs import best_so_far, device_name, finished_metrics, hold, keep_best, open_folder, peak_memory_mb, versions
+from mgd.tracking import track, tracked
 from mgd.train import TrainingTime, train
 
 
@@ -59,7 +60,7 @@ def run_recipe(
         accelerator.print(f"{folder}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
         return done
     splits, partition = check_recipe(recipe, accelerator, teachers)
-    with hold(folder) if accelerator.is_main_process else contextlib.nullcontext():
+    with hold(folder) if accelerator.is_main_process else contextlib.nullcontext(), tracked(accelerator):
         return _run(recipe, accelerator, teachers, restart, splits, partition)
 
 
@@ -122,6 +123,7 @@ def _run(
         )
     network = method.deployed()
     result = evaluate(network, num_steps)
+    track(accelerator, {"step": num_steps, "val_miou": result.miou})
     metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)
     if accelerator.is_main_process:
         _finish(folder, recipe, network, val, splits, metrics, accelerator.device)

@@ -53,6 +53,8 @@ class Run(Section):
     """CPU threads a process; 0 shares out the cores this machine lets us use."""
     compile: bool = False
     """Train through torch.compile: faster steps on a GPU, after minutes of compiling at the start."""
+    tracker: Literal["trackio", "tensorboard", "wandb"] | None = None
+    """Hand the lines of metrics.jsonl to this tracker too."""
 
 
 class UnlabeledSection(Section):

@@ -19,6 +19,7 @@ from mgd.data.partitions import Split
 from mgd.errors import UserError
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import DataSection, Partition, Recipe, load, parse
+from mgd.tables import flatten
 
 try:
     import fcntl
@@ -27,7 +28,7 @@ except ImportError:  # Windows
 
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
-    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile"),
+    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "run.tracker"),
     *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
     *("reference.miou", "reference.source"),
 }
@@ -168,14 +169,7 @@ def shaping_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def _shaping(tables: Mapping) -> dict[str, Any]:
-    return {key: value for key, value in _flat(tables).items() if key not in _FREE}
-
-
-def _flat(table: Mapping, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    return {key: value for key, value in flatten(tables).items() if key not in _FREE}
 
 
 def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou: float) -> None:
@@ -220,7 +214,7 @@ def versions() -> dict[str, str]:
 def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """Load the recipes of the teachers and baselines of a student.
 
-    They take over its seed, partition and output folder, and its `--set`s of data and partition;
+    They take over its seed, partition, output folder and tracker, and its `--set`s of data and partition;
     a baseline, being the same student, those of student, optim and eval too.
 
     Returns:
@@ -239,6 +233,8 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
         overrides.append(f"run.seed={recipe.run.seed if seed is None else seed}")
         overrides.append(f"partition.seed={recipe.partition_seed}")
         overrides.append(f"run.output={json.dumps(recipe.run.output)}")
+        if recipe.run.tracker:
+            overrides.append(f"run.tracker={recipe.run.tracker}")
         if is_baseline and any(override.startswith("run.name=") for override in recipe.overrides):
             overrides.append(f"run.name={recipe.run.name}-{Path(path).stem}")
         needed[title] = load(path, overrides)

@@ -26,6 +26,7 @@ from mgd.methods.base import Method
 from mgd.optim import build_optimizer, poly_lr
 from mgd.recipe import Optim, Recipe
 from mgd.runs import recipe_differences
+from mgd.tracking import open_tracker, track
 
 
 class TrainingTime(NamedTuple):
@@ -72,7 +73,7 @@ def train(
     start = point.reached["step"]
     *method.networks, optimizer = accelerator.prepare(*networks, optimizer)
 
-    log = StepLog(folder / "metrics.jsonl", start, num_steps, recipe.optim.batch_size, accelerator, every)
+    log = StepLog(folder, start, num_steps, recipe, accelerator)
     guard = Guard(recipe.optim.nonfinite, folder, modules, accelerator, point.reached["skipped"])
     feed = Feed(pairs, pool, recipe.data, accelerator, folder, point.reached)
     kept = f"step {{}} of {num_steps} is kept; the same command goes on from there"
@@ -196,31 +197,29 @@ def _begin_step(method: Method, optimizer: torch.optim.Optimizer, lr: float, see
 
 
 class StepLog:
-    """Appends to metrics.jsonl; values are means over the processes.
+    """Appends to metrics.jsonl, and to the tracker if there is one; values are means over the processes.
 
     Args:
-        path: the file; lines past `start` are dropped, their steps will be done again.
+        folder: of the run; lines past `start` are dropped, their steps will be done again.
         start: steps done before this sitting.
         num_steps: steps of the whole run, for the progress bar.
-        batch_size: labelled images a step.
+        recipe: the run; an evaluation at `start` is done again, so its line is dropped.
         accelerator: only its main process writes.
-        every: steps between two evaluations; one at `start` is done again, so its line is dropped.
     """
 
-    def __init__(
-        self, path: Path, start: int, num_steps: int, batch_size: int, accelerator: Accelerator, every: int = 0
-    ) -> None:
-        self.path, self.batch_size, self.accelerator = path, batch_size, accelerator
-        self.writes = accelerator.is_main_process
+    def __init__(self, folder: Path, start: int, num_steps: int, recipe: Recipe, accelerator: Accelerator) -> None:
+        self.path, self.batch_size, self.accelerator = folder / "metrics.jsonl", recipe.optim.batch_size, accelerator
+        self.writes, every = accelerator.is_main_process, recipe.eval.every
         silent = None if self.writes else True  # None: shown on a terminal
-        self.bar = tqdm(total=num_steps, initial=start, desc=path.parent.name, unit="step", disable=silent, leave=False)
+        self.bar = tqdm(total=num_steps, initial=start, desc=folder.name, unit="step", disable=silent, leave=False)
+        open_tracker(recipe, accelerator, folder, start)
         self.last_step, self.last_time = start, time.perf_counter()
-        if self.writes and path.exists():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if self.writes and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= start]
             if every and start % every == 0:
                 kept = [line for line in kept if _step_of(line) < start or "val_miou" not in line]
-            write_text(path, "".join(kept))
+            write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: dict[str, torch.Tensor], lr: float) -> None:
         """Write one line, and move the progress bar."""
@@ -244,6 +243,7 @@ class StepLog:
     def _append(self, row: dict[str, float]) -> None:
         if self.writes:
             append_line(self.path, row)
+            track(self.accelerator, row)
 
 
 def _step_of(line: str) -> float:
