@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mgd.benchmarks.timing import alternate
 from mgd.complexity import model_costs
 from mgd.errors import UserError
-from mgd.export.base import Deployed, Target
+from mgd.export.base import Deployed, Int8, Target
 from mgd.export.onnx import OnnxExporter
 from mgd.export.verify import latency
 from mgd.models.segmenter import Segmenter
@@ -123,7 +123,7 @@ def _runner(
 ) -> Callable[[np.ndarray], np.ndarray]:
     deployed = Deployed(network, target) if isinstance(network, Segmenter) else network
     exporter = OnnxExporter()
-    exporter.write(deployed, target, path, calibration)
+    exporter.write(deployed, target, path, Int8(calibration) if calibration else None)
     return exporter.open(path, threads)
 
 

@@ -57,6 +57,15 @@ class Target(NamedTuple):
         return (dict(enumerate(sides, start=2)),)
 
 
+class Int8(NamedTuple):
+    """How a network is quantised."""
+
+    calibration: Sequence[np.ndarray]
+    """Pixels `[1, 3, H, W]` of images."""
+    float_layers: int = 0
+    """So many convolutions, from the first on, stay in float."""
+
+
 class _SimplyPadded(Conv2dSame):
     """TensorFlow's "same" padding in whole numbers: of timm's, a file of dynamic size takes minutes to trace."""
 
@@ -113,7 +122,7 @@ class Exporter:
     runs_here: ClassVar[bool] = True
     """Whether this machine has the runtime."""
     quantizes: ClassVar[bool] = False
-    """Whether `write` takes calibration images."""
+    """Whether `write` takes `int8`."""
 
     def check(self) -> None:
         """Look for the packages.
@@ -124,22 +133,14 @@ class Exporter:
         if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
             raise UserError(f'{missing[0]} is not installed; pip install -e ".[{self.extra}]"')
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """Write the network to `path`.
 
         Args:
             network: what to export.
             target: what comes in and out.
             path: file or folder that is not there yet.
-            calibration: pixels `[1, 3, H, W]` of images; given, weights and activations become int8.
-            float_layers: of int8, so many convolutions from the first on stay in float.
+            int8: how weights and activations become int8; left out, they stay in float.
         """
         raise NotImplementedError
 

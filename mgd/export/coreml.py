@@ -1,13 +1,11 @@
 """Core ML, for Apple's devices; converted anywhere, run on macOS only."""
 
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Runner, Target
+from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Int8, Runner, Target
 from mgd.registry import EXPORTERS
 
 
@@ -20,14 +18,7 @@ class CoreMLExporter(Exporter):
     extra = "coreml"
     runs_here = platform.system() == "Darwin"
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         import coremltools
 

@@ -1,13 +1,11 @@
 """ExecuTorch with the XNNPACK backend: Android, iOS and small Linux boards; int8 by PT2E quantisation."""
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from mgd.export.base import Deployed, Exporter, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
 from mgd.registry import EXPORTERS
 
 
@@ -20,14 +18,7 @@ class ExecuTorchExporter(Exporter):
     extra = "executorch"
     quantizes = True
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
@@ -35,8 +26,8 @@ class ExecuTorchExporter(Exporter):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
-            if calibration is not None:
-                quantized = _quantize(traced, calibration, float_layers)
+            if int8 is not None:
+                quantized = _quantize(traced, int8)
                 traced = torch.export.export(quantized, (target.example(),), dynamic_shapes=target.shapes())
             program = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()]).to_executorch()
         path.write_bytes(program.buffer)
@@ -49,9 +40,7 @@ class ExecuTorchExporter(Exporter):
         return lambda pixels: method.execute([torch.from_numpy(pixels)])[0].numpy()
 
 
-def _quantize(
-    traced: torch.export.ExportedProgram, calibration: Sequence[np.ndarray], float_layers: int
-) -> torch.fx.GraphModule:
+def _quantize(traced: torch.export.ExportedProgram, int8: Int8) -> torch.fx.GraphModule:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -60,12 +49,12 @@ def _quantize(
 
     module = traced.module()
     convolutions = [node for node in module.graph.nodes if "conv" in str(node.target)]
-    kept = {node.name for node in convolutions[:float_layers]}
+    kept = {node.name for node in convolutions[: int8.float_layers]}
     quantizer = XNNPACKQuantizer()
     quantizer.set_global(get_symmetric_quantization_config(is_per_channel=True))
     quantizer.set_filter_function(lambda node: node.name not in kept)
     prepared = prepare_pt2e(module, quantizer)
     with torch.no_grad():
-        for pixels in calibration:
+        for pixels in int8.calibration:
             prepared(torch.from_numpy(pixels))
     return convert_pt2e(prepared)

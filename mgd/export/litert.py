@@ -1,11 +1,10 @@
 """LiteRT (TensorFlow Lite), for Android and microcontrollers; its converter wants a venv of its own."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mgd.export.base import Deployed, Exporter, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
 from mgd.registry import EXPORTERS
 
 
@@ -17,14 +16,7 @@ class LiteRTExporter(Exporter):
     packages = ("litert_torch", "ai_edge_litert")
     extra = "litert"
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         import litert_torch
 

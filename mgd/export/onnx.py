@@ -2,13 +2,13 @@
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mgd.export.base import Deployed, Exporter, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
 from mgd.registry import EXPORTERS
 
 
@@ -21,14 +21,7 @@ class OnnxExporter(Exporter):
     extra = "onnx"
     quantizes = True
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of every operator set that it tries
         traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
@@ -43,10 +36,10 @@ class OnnxExporter(Exporter):
                 dynamo=True,
                 verbose=False,
             )
-        plain = path if calibration is None else path.with_name(f"{path.name}.float")
+        plain = path if int8 is None else path.with_name(f"{path.name}.float")
         program.save(plain, external_data=False)
-        if calibration is not None:
-            _quantize(plain, path, calibration, float_layers)
+        if int8 is not None:
+            _quantize(plain, path, int8)
 
     def open(self, path: Path, threads: int) -> Runner:
         """See `Exporter.open`."""
@@ -61,7 +54,7 @@ class OnnxExporter(Exporter):
         return lambda pixels: session.run(None, {"image": pixels})[0]
 
 
-def _quantize(plain: Path, path: Path, calibration: Sequence[np.ndarray], float_layers: int) -> None:
+def _quantize(plain: Path, path: Path, int8: Int8) -> None:
     """Quantise a float file, which is deleted."""
     import onnx
     from onnxruntime import quantization
@@ -69,7 +62,7 @@ def _quantize(plain: Path, path: Path, calibration: Sequence[np.ndarray], float_
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.pixels: Iterator[np.ndarray] = iter(calibration)
+            self.pixels: Iterator[np.ndarray] = iter(int8.calibration)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             pixels = next(self.pixels, None)
@@ -80,7 +73,7 @@ def _quantize(plain: Path, path: Path, calibration: Sequence[np.ndarray], float_
     try:
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
         nodes = onnx.load(prepared).graph.node
-        kept = [node.name for node in nodes if node.op_type == "Conv"][:float_layers]
+        kept = [node.name for node in nodes if node.op_type == "Conv"][: int8.float_layers]
         # Pixels and logits have ranges that 8 bits do not do justice to, and cost little.
         kept += [node.name for node in nodes if node.op_type in ("Sub", "Div", "Resize")]
         quantization.quantize_static(

@@ -1,11 +1,8 @@
 """OpenVINO's intermediate representation; int8 from the quantised ONNX file."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from mgd.export.base import Deployed, Exporter, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
 from mgd.export.onnx import OnnxExporter
 from mgd.registry import EXPORTERS
 
@@ -19,20 +16,13 @@ class OpenVinoExporter(Exporter):
     extra = "openvino"
     quantizes = True
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         import openvino
 
         path.mkdir()
         passing = path / "model.onnx"
-        OnnxExporter().write(network, target, passing, calibration, float_layers)
+        OnnxExporter().write(network, target, passing, int8)
         openvino.save_model(openvino.convert_model(passing), path / "model.xml", compress_to_fp16=False)
         passing.unlink()
 

@@ -1,12 +1,11 @@
 """torch.export's own archive: for AOTInductor and C++, and for PyTorch without our code."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mgd.export.base import Deployed, Exporter, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
 from mgd.registry import EXPORTERS
 
 
@@ -16,14 +15,7 @@ class TorchExporter(Exporter):
 
     suffix = ".pt2"
 
-    def write(
-        self,
-        network: Deployed,
-        target: Target,
-        path: Path,
-        calibration: Sequence[np.ndarray] | None = None,
-        float_layers: int = 0,
-    ) -> None:
+    def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
         torch.export.save(traced, path)

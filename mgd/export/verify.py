@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgd.errors import UserError
-from mgd.export.base import Deployed, Exporter, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
 from mgd.metrics import confusion_matrix, scores
 from mgd.models.segmenter import Segmenter, enlarge
 
@@ -167,7 +167,7 @@ def verified_export(
     for layers in (0,) if calibration is None else FLOAT_LAYERS:
         _remove(path)
         try:
-            exporter.write(network, target, path, calibration, layers)
+            exporter.write(network, target, path, None if calibration is None else Int8(calibration, layers))
         except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise UserError(f"--format {name} cannot take {model.section.backbone}: {reason}") from error

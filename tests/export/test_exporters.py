@@ -102,7 +102,8 @@ class Rounded(Exporter):
 
     suffix, quantizes, step = ".txt", True, 0.0
 
-    def write(self, network, target, path, calibration=None, float_layers=0):
+    def write(self, network, target, path, int8=None):
+        float_layers = int8.float_layers if int8 else 0
         self.network, self.step = network, 0.0 if float_layers >= 8 else 2.0
         path.write_text(str(float_layers))
 
