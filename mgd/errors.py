@@ -24,7 +24,9 @@ class Stopped(BaseException):
         message: what is kept, and how to go on.
     """
 
-    def __init__(self, number: int, message: str = "the same command goes on from the last resume point") -> None:
+    def __init__(
+        self, number: int, message: str = "the same command does it again, or goes on from a resume point"
+    ) -> None:
         super().__init__(message)
         self.number = number
 

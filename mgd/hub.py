@@ -56,8 +56,6 @@ def open_run(folder: Path) -> FinishedRun:
     network = load_segmenter(folder / "model")
     if not isinstance(metrics["iou"], Mapping) or set(metrics["iou"]) != set(network.classes):
         raise UserError(f"{folder}: metrics.json and model/config.json have other classes; they are of two runs")
-    if network.crop is None:  # written before config.json said what pixels the network wants
-        network.image_scale, network.crop = recipe.data.image_scale, recipe.data.crop
     return FinishedRun(folder, recipe, metrics, network)
 
 

@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 
 import platform  # noqa: E402
 import re  # noqa: E402
-import shutil  # noqa: E402
 import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -42,7 +41,7 @@ def main() -> None:
     )
     flags.add_argument("--bake", action="store_true", help="uint8 pixels in, uint8 class map out")
     flags.add_argument("--int8", action="store_true", help="quantise, calibrated on the unlabelled images")
-    flags.add_argument("--max-drop", type=float, default=1.0, help="points of mIoU that int8 may cost (1.0)")
+    flags.add_argument("--max-drop", type=_points, default=1.0, help="points of mIoU that int8 may cost (1.0)")
     flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. data.root=...")
     flags.add_argument("--images", metavar="DIR", help="use these images instead; there is no mIoU then")
@@ -59,6 +58,8 @@ def main() -> None:
     folder = find_model(args.model)
     model = load_segmenter(folder)
     size = args.size or (model.crop, model.crop)
+    if args.dynamic and not all(LEAST_SIDE <= side <= GREATEST_SIDE for side in size if side):
+        raise UserError(f"--dynamic takes sides of {LEAST_SIDE} to {GREATEST_SIDE}, and so must be --size")
     if None in size:
         raise UserError(f"{args.model} does not say at what size it was trained; --size HEIGHTxWIDTH")
     target = Target(*size, args.dynamic, args.bake)
@@ -77,6 +78,7 @@ def main() -> None:
     marks = {"dynamic": args.dynamic, "baked": args.bake, "int8": args.int8}
     name = "-".join(["model", f"{size[0]}x{size[1]}", *(mark for mark in marks if marks[mark])]) + exporter.suffix
     output = Path(args.output or (Path(args.model) if Path(args.model).is_dir() else Path()) / "export")
+    output = Path(_folder(output))
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as aside:
         row, notes = verified_export(
@@ -91,9 +93,9 @@ def main() -> None:
             args.threads,
         )
         final = output / name
-        if final.exists():
-            shutil.rmtree(final) if final.is_dir() else final.unlink()
-        shutil.move(Path(aside) / name, final)
+        if final.is_dir():  # which cannot be replaced in one go
+            final.rename(Path(aside) / "old")
+        os.replace(Path(aside) / name, final)
     facts = {"format": args.format, "backbone": model.section.backbone, "head": model.section.head.name}
     facts |= {"height": size[0], "width": size[1]} | marks
     facts |= {"classes": list(model.classes), "image_scale": model.image_scale, "fingerprint": fingerprint(model)}
@@ -105,6 +107,20 @@ def main() -> None:
         print(note)
     pixels = str(target.dtype).removeprefix("torch.")
     print(f"{final}: {target.output} of RGB pixels 0..255 ({pixels}, NCHW); timed on {args.threads} thread(s)")
+
+
+def _folder(path: Path) -> str:
+    try:
+        return cli.output_folder(str(path))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{error}; name another --output") from error
+
+
+def _points(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is no number of points, 0 to 100")
+    return value
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from tqdm import tqdm  # noqa: E402
 
 from mgd import cli  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.files import write_aside  # noqa: E402
+from mgd.files import write_aside, write_json  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.segmenter import enlarge, find_model, load_segmenter  # noqa: E402
 from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
@@ -33,6 +33,7 @@ from mgd.plots import overlay, save_prediction  # noqa: E402
 from mgd.recipe import Eval, load  # noqa: E402
 
 KINDS = ("masks", "colors", "overlays", "probabilities")
+MARK = "predictions.json"
 
 
 def main() -> None:
@@ -52,7 +53,12 @@ def main() -> None:
     folder = find_model(args.model)
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
-    files = list_pictures(args.input)
+    output = Path(args.output)
+    _check_output(output)
+    ours = [(output / kind).resolve() for kind in KINDS]
+    files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
+    if not files:
+        raise UserError(f"{args.input}: no image there but what lies in --output")
     names = _names(files, Path(args.input))
     share = list(zip(files, names, strict=True))[accelerator.process_index :: accelerator.num_processes]
 
@@ -61,18 +67,34 @@ def main() -> None:
     with bar, torch.inference_mode():
         for group in _batches(share, args.batch, unreadable):
             small = [to_tensor(rescale(picture, None, model.image_scale)[0]) for _, picture in group]
-            scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
+            try:
+                scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
+            except (RuntimeError, AssertionError, ValueError) as error:
+                names_there = ", ".join(name for name, _ in group)
+                unreadable.append(f"{names_there} cannot be predicted whole: {' '.join(str(error).split())[:160]}")
+                continue
             scores = enlarge(scores, group[0][1].size[::-1])
             for (name, picture), one in zip(group, scores, strict=True):
-                _save(Path(args.output), name, np.asarray(picture), one, model.colors, args.save)
+                _save(output, name, np.asarray(picture), one, model.colors, args.save)
             done += len(group)
             bar.update(done + len(unreadable) - bar.n)
     for problem in unreadable:
         print(f"note: {problem}", file=sys.stderr)
     if not done:
         raise UserError(f"{args.input}: none of the {len(share)} images can be read")
+    if accelerator.is_main_process:
+        write_json(output / MARK, {"model": args.model, "images": len(files)})
     left_out = f"; {len(unreadable)} could not be read" if unreadable else ""
     print(f"{args.output}: {', '.join(args.save)} of {done} images{left_out}")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder with files that no prediction wrote: they may be masks that somebody painted."""
+    if (output / MARK).exists():
+        return
+    for kind in KINDS:
+        if (output / kind).is_dir() and any((output / kind).iterdir()):
+            raise UserError(f"{output / kind} holds files that are no predictions; name another --output")
 
 
 def _how(folder: Path, overrides: list[str], crop: int | None) -> tuple[Eval, int]:
@@ -94,7 +116,8 @@ def _names(files: list[Path], source: Path) -> list[str]:
     stems = Counter(path.with_suffix("") for path in paths)
     names = [str(path.with_suffix("") if stems[path.with_suffix("")] == 1 else path) for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{source}: several images are called {twice[0]}; give their folder instead of a pattern")
+        remedy = "rename one of them" if root else "give their folder instead of a pattern"
+        raise UserError(f"{source}: several images are called {twice[0]}; {remedy}")
     return names
 
 

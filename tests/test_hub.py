@@ -389,6 +389,7 @@ def test_a_model_of_before_is_pushed_with_the_scale_of_its_recipe(run, tmp_path)
     for key in ("image_scale", "crop", "mean", "std"):
         del config[key]
     (folder / "model" / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(folder / "recipe.toml", folder / "model" / "recipe.toml")
     write_folder(open_run(folder), "org/older", None, tmp_path / "out")
     again = Segmenter.from_pretrained(tmp_path / "out")
     assert (again.image_scale, again.crop) == (0.5, 32)

@@ -101,10 +101,16 @@ def students(
     OnnxExporter().check()
     target, rows = Target(size, size), []
     pairs = [(backbone, head) for backbone in backbones for head in HEADS]
-    for backbone, head in tqdm(pairs, leave=False, disable=None):
+    sections, costs = {}, {}
+    for backbone, head in pairs:  # all are counted before hours are spent on one that cannot be
         table = {"backbone": backbone, "pretrained": False, "output_stride": 32, "head": HEADS[head]}
-        section = parse_model(table, source=f"--backbones {backbone}")
-        cost = model_costs(section, num_classes, size)["total"]
+        sections[backbone, head] = parse_model(table, source=f"--backbones {backbone}")
+        try:
+            costs[backbone, head] = model_costs(sections[backbone, head], num_classes, size)["total"]
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--backbones {backbone}: no network for {size}x{size}: {error}") from error
+    for backbone, head in tqdm(pairs, leave=False, disable=None):
+        section, cost = sections[backbone, head], costs[backbone, head]
         with tempfile.TemporaryDirectory() as folder:
             run = _runner(_network(section, num_classes), target, Path(folder) / "model.onnx", threads)
             speed = latency(run, target.example().numpy(), repetitions)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgd.errors import UserError
-from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
+from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Int8, Runner, Target
 from mgd.metrics import confusion_matrix, scores
 from mgd.models.segmenter import Segmenter, enlarge
 
@@ -51,9 +51,9 @@ class Findings(NamedTuple):
 
 
 def pixels_of(sample: Sample, target: Target) -> np.ndarray:
-    """Return what a file takes for a sample: its size is changed unless the file takes any."""
+    """Return what a file takes for a sample: its size is changed unless the file takes it."""
     pixels = sample.pixels[None].float()
-    if not target.dynamic:
+    if not target.dynamic or not all(LEAST_SIDE <= side <= GREATEST_SIDE for side in pixels.shape[-2:]):
         size = (target.height, target.width)
         pixels = functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
     return pixels.round().to(target.dtype).numpy() if target.baked else pixels.numpy()
@@ -82,6 +82,8 @@ def compare(network: Deployed, run: Runner, samples: Iterable[Sample], target: T
         if found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
             raise UserError(f"the file gives {tuple(found.shape)} {found.dtype}, the network {tuple(wanted.shape)}")
         if not target.baked:
+            if not found.isfinite().all():
+                raise UserError("the file gives values that are no number")
             off = max(off, (found - wanted).abs().max().item())
             size = max(size, wanted.abs().max().item())
         classes = {"file": found, "network": wanted}
@@ -120,7 +122,8 @@ def judge(findings: Findings, is_int8: bool, max_drop: float) -> str | None:
     if is_int8:
         if findings.miou is not None:
             drop = findings.miou_network - findings.miou
-            return f"it loses {drop:.2f} points of mIoU; at most {max_drop:g} are allowed" if drop > max_drop else None
+            fits = drop <= max_drop  # not so of no number
+            return None if fits else f"it loses {drop:.2f} points of mIoU; at most {max_drop:g} are allowed"
         if findings.agreement < INT8_AGREE_AT_LEAST:
             return f"only {findings.agreement:.2f} % of the pixels keep their class; {INT8_AGREE_AT_LEAST} are wanted"
         return None
@@ -169,19 +172,27 @@ def verified_export(
         try:
             exporter.write(network, target, path, None if calibration is None else Int8(calibration, layers))
         except Exception as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"--format {name} cannot take {model.section.backbone}: {reason}") from error
+            raise _refusal(f"--format {name} cannot take {model.section.backbone}", error, target) from error
         notes = [f"the first {layers} convolutions stay in float"] if layers else []
         size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
         if not exporter.runs_here:
             notes.append("converted, not executed here: this machine lacks the runtime")
             return {"file": path.name, "MB": size / 1e6}, notes
-        run = exporter.open(path, threads)
-        findings = compare(network, run, tried, target)
+        try:
+            run = exporter.open(path, threads)
+            findings = compare(network, run, tried, target)
+            speed = latency(run, target.example().numpy(), REPETITIONS)
+        except Exception as error:
+            raise _refusal(f"--format {name}: the file cannot be run and was not kept", error, target) from error
         problem = judge(findings, calibration is not None, max_drop)
         if problem is None:
-            return row(path.name, findings, size, latency(run, target.example().numpy(), REPETITIONS)), notes
+            return row(path.name, findings, size, speed), notes
     raise UserError(f"--format {name}: the file does not do what the network does and was not kept: {problem}")
+
+
+def _refusal(what: str, error: Exception, target: Target) -> UserError:
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return UserError(f"{what}{'; leave out --dynamic' if target.dynamic else ''}: {reason}")
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -359,8 +360,14 @@ def _read_config(path: Path) -> dict:
     classes, colors = config["classes"], config["colors"]
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     painted = isinstance(colors, list) and all(isinstance(color, list) and len(color) == 3 for color in colors)
+    painted = painted and all(type(part) is int and 0 <= part <= 255 for color in colors for part in color)
     if not (named and painted and len(classes) == len(colors) and isinstance(config["model"], dict)):
-        raise UserError(f"{path}: classes must be names and colors as many [r, g, b]")
+        raise UserError(f"{path}: classes must be names and colors as many [r, g, b] of 0 to 255")
+    if not 1 <= len(classes) <= 255:
+        raise UserError(f"{path}: {len(classes)} classes; a mask holds 1 to 255")
+    if "image_scale" not in config and (path.parent / "recipe.toml").exists():  # as models were written before
+        data = tomllib.loads((path.parent / "recipe.toml").read_text(encoding="utf-8")).get("data", {})
+        config |= {key: data[key] for key in ("image_scale", "crop") if key in data}
     try:
         _Input.model_validate(config)
     except ValidationError as error:

@@ -64,3 +64,21 @@ def test_bad_input_is_one_line(tmp_path, model, capsys):
         status, _, error = call_stage(capsys, "predict.py", "--model", model, "--output", tmp_path / "out", *arguments)
         assert status == 2 and message in error, error
         assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
+    data = tmp_path / "data"
+    for part in ("images", "masks"):
+        (data / part).mkdir(parents=True)
+    PIL.Image.new("RGB", (40, 40), "red").save(data / "images" / "a.png")
+    painted = data / "masks" / "a.png"
+    PIL.Image.new("L", (40, 40), 1).save(painted)
+    before = painted.read_bytes()
+    arguments = ("--model", model, "--input", data / "images", "--output")
+    status, _, error = call_stage(capsys, "predict.py", *arguments, data)
+    assert status == 2 and "holds files that are no predictions; name another --output" in error
+    assert painted.read_bytes() == before
+    inside = data / "images" / "out"
+    for _ in range(2):
+        assert call_stage(capsys, "predict.py", *arguments, inside)[0] == 0
+    assert sorted(path.name for path in (inside / "masks").rglob("*")) == ["a.png"]
