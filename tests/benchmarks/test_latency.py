@@ -20,6 +20,7 @@ def test_students_are_listed_with_what_fits(monkeypatch):
         inference.students(["mobilnet"], 21, 64, 1, 1.0, 1)
 
 
+@pytest.mark.slow
 def test_beside_segmentation_models_pytorch():
     pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
     head = {"name": "lraspp", "channels": 16}

@@ -1,3 +1,5 @@
+import pytest
+
 """The stage as a user starts it: one process or two, and the way out of each mistake."""
 
 import sys
@@ -20,6 +22,7 @@ def recipe_of(write_recipe, tmp_path, **changes):
     return write_recipe(teachers=teachers, method=method, cache={"cell": 8}, data={"num_train": 70, "workers": 1})
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(write_recipe, tmp_path):
     recipe = recipe_of(write_recipe, tmp_path)
     done = run_stage("cache_teachers.py", "--recipe", recipe, "--json", tmp_path / "rows.json")
@@ -42,6 +45,7 @@ def test_online_teachers_have_no_cache(write_recipe, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_ends_a_run_with_workers_at_once(write_recipe, tmp_path):
     """Workers do not heed SIGTERM; the run must not wait for them for ever."""
     recipe = recipe_of(write_recipe, tmp_path)

@@ -66,6 +66,7 @@ def stop_at(launcher, recipe, folder, step):
     return process.communicate(timeout=120)[1]
 
 
+@pytest.mark.slow
 def test_two_processes_take_up_what_one_began(write_recipe, tmp_path):
     one, many = recipes(write_recipe, 10)
     folder = tmp_path / "runs" / "many"
