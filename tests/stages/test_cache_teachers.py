@@ -1,9 +1,8 @@
-import pytest
-
 """The stage as a user starts it: one process or two, and the way out of each mistake."""
 
 import sys
 
+import pytest
 from conftest import run_stage
 
 from mgd.models.segmenter import build_segmenter
