@@ -70,8 +70,8 @@ def main() -> None:
             try:
                 scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
             except (RuntimeError, AssertionError, ValueError) as error:
-                names_there = ", ".join(name for name, _ in group)
-                unreadable.append(f"{names_there} cannot be predicted whole: {' '.join(str(error).split())[:160]}")
+                reason = " ".join(str(error).split())[:160]
+                unreadable += [f"{name} cannot be predicted whole: {reason}" for name, _ in group]
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])
             for (name, picture), one in zip(group, scores, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from mgd.benchmarks.timing import alternate
+from mgd.benchmarks.timing import alternate, ratio_row
 from mgd.complexity import model_costs
 from mgd.errors import UserError
 from mgd.export.base import Deployed, Int8, Target
@@ -77,8 +77,8 @@ def suite(section: ModelSection, num_classes: int, size: int, threads: int, repe
         seconds = alternate(calls, repetitions, torch.device("cpu"))
     milliseconds = {name: value * 1e3 for name, value in seconds.items()}
     return [
-        _row("infer: fp32, ms", milliseconds["theirs"], milliseconds["ours"]),
-        _row("infer: fp32 -> int8, ms", milliseconds["ours"], milliseconds["int8"]),
+        ratio_row("infer: fp32, ms", milliseconds["theirs"], milliseconds["ours"]),
+        ratio_row("infer: fp32 -> int8, ms", milliseconds["ours"], milliseconds["int8"]),
     ]
 
 
@@ -131,7 +131,3 @@ def _runner(
     exporter = OnnxExporter()
     exporter.write(deployed, target, path, Int8(calibration) if calibration else None)
     return exporter.open(path, threads)
-
-
-def _row(name: str, reference: float, ours: float) -> dict[str, Any]:
-    return {"name": name, "reference": reference, "ours": ours, "ratio": reference / ours}

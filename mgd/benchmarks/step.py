@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgd.benchmarks.timing import alternate, peak_memory, precision
+from mgd.benchmarks.timing import alternate, peak_memory, precision, ratio_row
 from mgd.data.cutmix import box_masks
 from mgd.errors import UserError
 from mgd.methods.base import StepOutput
@@ -84,10 +84,10 @@ def suite(
         memory[name] = peak_memory(
             lambda step=step, kind=kind, name=name: _backward(step, trained[name], kind, device), device
         )
-    rows = [_row(f"step: {name}, s", seconds["reference"], seconds[name]) for name in steps if name != "reference"]
+    rows = [ratio_row(f"step: {name}, s", seconds["reference"], seconds[name]) for name in steps if name != "reference"]
     for name in steps:
         if name != "reference":
-            rows.append(_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20))
+            rows.append(ratio_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20))
     kind = precisions[-1]
     return rows + _breakdown(
         steps[f"exact, {kind}"][0], steps[f"cached, {kind}"][0], student, kind, repetitions, device
@@ -250,7 +250,3 @@ def _trainer(step: Callable[[], StepOutput], network: nn.Module, kind: str, devi
 
 def _ours_alone(name: str, value: float) -> dict[str, Any]:
     return {"name": name, "reference": None, "ours": value, "ratio": None}
-
-
-def _row(name: str, reference: float, ours: float) -> dict[str, Any]:
-    return {"name": name, "reference": reference, "ours": ours, "ratio": reference / ours}

@@ -5,6 +5,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,3 +88,8 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     """Autocast to bf16, or leave fp32."""
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=name == "bf16"):
         yield
+
+
+def ratio_row(name: str, reference: float, ours: float) -> dict[str, Any]:
+    """Return one line of a suite's table; `ratio` is reference / ours, higher is better."""
+    return {"name": name, "reference": reference, "ours": ours, "ratio": reference / ours}

@@ -110,6 +110,11 @@ class Deployed(nn.Module):
         return logits.argmax(dim=1).to(torch.uint8) if self.baked else logits
 
 
+def trace(network: nn.Module, target: Target) -> torch.export.ExportedProgram:
+    """Return what every converter but LiteRT's begins with."""
+    return torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
+
+
 class Exporter:
     """One format; a plug-in derives from it and registers in `EXPORTERS`."""
 

@@ -3,9 +3,7 @@
 import platform
 from pathlib import Path
 
-import torch
-
-from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Int8, Runner, Target
+from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Int8, Runner, Target, trace
 from mgd.registry import EXPORTERS
 
 
@@ -22,7 +20,7 @@ class CoreMLExporter(Exporter):
         """See `Exporter.write`."""
         import coremltools
 
-        traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
+        traced = trace(network, target)
         side = coremltools.RangeDim(LEAST_SIDE, GREATEST_SIDE)
         shape = (1, 3, side, side) if target.dynamic else tuple(target.example().shape)
         converted = coremltools.convert(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target, trace
 from mgd.registry import EXPORTERS
 
 
@@ -25,10 +25,10 @@ class ExecuTorchExporter(Exporter):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
+            traced = trace(network, target)
             if int8 is not None:
                 quantized = _quantize(traced, int8)
-                traced = torch.export.export(quantized, (target.example(),), dynamic_shapes=target.shapes())
+                traced = trace(quantized, target)
             program = to_edge_transform_and_lower(traced, partitioner=[XnnpackPartitioner()]).to_executorch()
         path.write_bytes(program.buffer)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target, trace
 from mgd.registry import EXPORTERS
 
 
@@ -24,7 +24,7 @@ class OnnxExporter(Exporter):
     def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of every operator set that it tries
-        traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
+        traced = trace(network, target)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target, trace
 from mgd.registry import EXPORTERS
 
 
@@ -17,7 +17,7 @@ class TorchExporter(Exporter):
 
     def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
-        traced = torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
+        traced = trace(network, target)
         torch.export.save(traced, path)
 
     def open(self, path: Path, threads: int) -> Runner:

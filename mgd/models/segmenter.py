@@ -290,9 +290,9 @@ def load_segmenter(source: str | Path, **download) -> Segmenter:
     folder = find_model(source, **download)
     config = _read_config(folder / "config.json")
     section = parse_model(config["model"], source=str(folder / "config.json"))
-    given = _Input.model_validate(config)
-    model = Segmenter(section, config["classes"], config["colors"], image_scale=given.image_scale, crop=given.crop)
-    for buffer, values in ((model.mean, given.mean), (model.std, given.std)):
+    view = {key: config[key] for key in ("image_scale", "crop")}
+    model = Segmenter(section, config["classes"], config["colors"], **view)
+    for buffer, values in ((model.mean, config["mean"]), (model.std, config["std"])):
         if values:  # what the weights were trained with, whatever timm may say of the backbone one day
             buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
     try:
@@ -369,8 +369,7 @@ def _read_config(path: Path) -> dict:
         data = tomllib.loads((path.parent / "recipe.toml").read_text(encoding="utf-8")).get("data", {})
         config |= {key: data[key] for key in ("image_scale", "crop") if key in data}
     try:
-        _Input.model_validate(config)
+        return config | _Input.model_validate(config).model_dump()
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{path}: {first['loc'][0]} = {config[first['loc'][0]]!r}: {first['msg']}") from error
-    return config
