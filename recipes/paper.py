@@ -3,7 +3,7 @@
 The target numbers are the paper's own mIoU in % (Qin et al., ECCV 2022, Tables 1 to 6).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 SHARES = ("1/16", "1/8", "1/4", "1/2")
 
@@ -124,10 +124,10 @@ def _plain(data: str, network: str, share: str, method: str, protocol: str = "cp
     name = stem if method == "mgd" or is_teacher else f"{stem}_{method}"
     targets = PSEUDOSEG.get((network, method)) if infix else PAPER[data, network, method]
     table = "2" if infix else {"voc": "1", "city": "3"}[data]
-    teachers = {key: f"{data}{infix}_{net}_{share.replace('/', '-')}" for key, net in _TEACHERS.items()}
-    body = METHOD[method].format(**CPS_WEIGHTS[data], **_mgd_values(data, network))
+    teachers = {key: f"recipes/{data}{infix}_{net}_{share.replace('/', '-')}.toml" for key, net in _TEACHERS.items()}
+    body = METHOD[method].format(**CPS_WEIGHTS[data], **mgd_values(data, network))
     if method in ("mgd", "kd", "cwd"):
-        body = "".join(_teacher(key, recipe) for key, recipe in teachers.items()) + body
+        body = "".join(teacher(key, recipe) for key, recipe in teachers.items()) + body
     return _recipe(name, data, network, share, protocol, body, (targets[place], table) if targets else None)
 
 
@@ -147,32 +147,37 @@ def _compact(data: str, network: str) -> tuple[str, str]:
 
 
 def _ablation(data: str, ablation: str, row: tuple, target: float) -> tuple[str, str]:
-    pixel, image, region, on, grid, _, _, table = row
     name = f"{data}_r18_1-8_{ablation}"
+    recipes = {key: f"recipes/{data}_{network}_1-8.toml" for key, network in _TEACHERS.items()}
+    body = ablated(row, recipes, mgd_values(data, "r18"))
+    return _recipe(name, data, "r18", "1/8", "cps", body, (target, row[-1]))
+
+
+def ablated(row: tuple, recipes: Mapping[str, str], values: Mapping[str, object]) -> str:
+    """Return the text of [teachers] and [method] of a row of `ABLATIONS`; `recipes`: of deep and wide."""
+    pixel, image, region, on, grid = row[:5]
     used = sorted({key for key in ("deep", "twin", "wide") if f'"{key}"' in pixel + image + region})
-    nets = dict(_TEACHERS)
-    nets["twin"] = nets["deep" if "deep" in used else "wide"]
-    teachers = "".join(
-        _teacher(key, f"{data}_{nets[key]}_1-8", "seed = 1000\n" if key == "twin" else "") for key in used
-    )
+    twin = recipes["deep" if "deep" in used else "wide"]
+    tables = [teacher(key, twin, "seed = 1000\n") if key == "twin" else teacher(key, recipes[key]) for key in used]
     where = '["labeled", "unlabeled"]' if on == "both" else '["labeled"]'
-    values = _mgd_values(data, "r18") | {"pixel": pixel, "image": image, "region": region, "on": where, "grid": grid}
-    body = teachers + METHOD["mgd"].format(**values)
-    return _recipe(name, data, "r18", "1/8", "cps", body, (target, table))
+    changed = {"pixel": pixel, "image": image, "region": region, "on": where, "grid": grid}
+    return "".join(tables) + METHOD["mgd"].format(**{**values, **changed})
 
 
 _TEACHERS = {"deep": "r101", "wide": "wrn50"}
 
 
-def _mgd_values(data: str, network: str) -> dict[str, object]:
+def mgd_values(data: str, network: str) -> dict[str, object]:
+    """Return what `METHOD["mgd"]` is filled with."""
     code = CODE_LAMBDAS.get((data, network))
     note = f"  # paper; the authors' code: {code[0]} here, {code[1]} below" if code else ""
     on = '["labeled", "unlabeled"]'
     return {"pixel": BOTH, "image": DEEP, "region": WIDE, "on": on, "grid": 7, "note": note}
 
 
-def _teacher(key: str, recipe: str, more: str = "") -> str:
-    return f'[teachers.{key}]\nrecipe = "recipes/{recipe}.toml"\n{more}\n'
+def teacher(key: str, recipe: str, more: str = "") -> str:
+    """Return the text of one table of [teachers]."""
+    return f'[teachers.{key}]\nrecipe = "{recipe}"\n{more}\n'
 
 
 METHOD = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mgd.errors import UserError
 from mgd.recipe import load, parse
 
-FILES = ("quickstart", "city_r18_1-8", "voc_r18_1-8_kd", "camvid_half_lite0_1-16_mean_teacher", "folder")
+FILES = ("quickstart", "city_r18_1-8", "voc_r18_1-8_kd", "camvid/half_lite0_1-16_mean_teacher", "folder")
 BASES = [TINY, *(tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text()) for name in FILES)]
 CACHED = {"teachers": {"mode": "cached"}, "method": {"remix": "predictions"}}
 CACHED["cache"] = {"scales": [1.0, 1.5], "flip": True, "cell": 8}

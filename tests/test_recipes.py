@@ -18,7 +18,11 @@ from mgd.models.segmenter import build_segmenter, check_trainable
 from mgd.recipe import load
 
 PAPER = ROOT.parent / "shared" / "reference" / "paper_tables.toml"
-RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT / "recipes").as_posix()
 
 
 def test_generated_recipes_are_up_to_date():
@@ -28,12 +32,12 @@ def test_generated_recipes_are_up_to_date():
     files = generate.all_files()
     for name, text in files.items():
         assert (ROOT / "recipes" / name).read_text() == text, f"{name}: run python recipes/generate.py"
-    by_hand = {path.name for path in RECIPES} - files.keys()
+    by_hand = {_name(path) for path in RECIPES} - files.keys()
     tails = ("", "_deep", "_wide", "_supervised")
     assert by_hand == {f"{name}{tail}.toml" for name in ("quickstart", "folder") for tail in tails}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_named_recipes_exist_and_see_the_same_labels(path):
     recipe = load(path)
     for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
@@ -77,11 +81,17 @@ def test_the_protocol_of_the_paper(data):
                     assert (method.temperature, method.weight) == (4.0, 3.0)
 
 
-def test_the_ablations_of_the_paper():
+@pytest.mark.parametrize(
+    ("family", "networks"), [("voc_r18_1-8", ["r101", "wrn50"]), ("camvid/half_lite0_1-16", ["lite2", "lite1"])]
+)
+def test_the_ablations_of_the_paper(family, networks):
+    names = dict(zip(networks, ("r101", "wrn50"), strict=True))
+
     def terms(name):
-        recipe = load(ROOT / "recipes" / f"voc_r18_1-8{name}.toml")
+        recipe = load(ROOT / "recipes" / f"{family}{name}.toml")
         method = recipe.method
-        nets = {key: Path(t.recipe).stem.split("_")[1] + ("'" if t.seed else "") for key, t in recipe.teachers.items()}
+        stems = {key: names[Path(t.recipe).stem.split("_")[1]] for key, t in recipe.teachers.items()}
+        nets = {key: stem + ("'" if recipe.teachers[key].seed else "") for key, stem in stems.items()}
         used = [[nets[key] for key in term.teachers] for term in (method.pixel, method.image, method.region)]
         return [*used, method.pixel.on, method.region.grid]
 
@@ -137,7 +147,7 @@ def _builds(section, num_classes, crop):
 
 
 @pytest.mark.xdist_group("builds")  # one process, so that equal networks are built once
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_networks_build_and_their_weights_exist(path):
     recipe = load(path)
     _builds(recipe.student, len(recipe.data.class_names()), recipe.data.crop)

@@ -1,0 +1,113 @@
+"""Recipes of the CamVid benchmark: text built from constants, see generate.py."""
+
+from collections.abc import Iterator
+
+import paper
+
+SHARES = ("1/32", "1/16", "1/8", "1/4", "1/1")
+TEACHERS = {"lite2": "tf_efficientnet_lite2", "lite1": "tf_efficientnet_lite1"}
+STUDENTS = {"mbv2": ("mobilenetv2_050", "false"), "lite0": ("tf_efficientnet_lite0", "true")}
+METHODS = {
+    "mgd": "the student, by MGD; trains its teachers and its baseline first",
+    "supervised": "the student on the labelled images alone, a baseline",
+    "mean_teacher": "the student by Mean Teacher, a baseline",
+    "cps": "the student by CPS, a baseline",
+    "kd": "the student by pixel-wise distillation from both teachers, a baseline",
+    "cwd": "the student by channel-wise distillation from both teachers, a baseline",
+}
+
+# size -> constants of all its recipes; width: of the teachers' head and of the students'
+SIZES = {
+    "full": {"image_scale": "1.0", "crop": 320, "width": (128, 48), "batch_size": 8, "steps": (3000, 4000)},
+    "half": {"image_scale": "0.5", "crop": 160, "width": (64, 48), "batch_size": 4, "steps": (400, 600)},
+}
+COSTS = {
+    "full": "Val mIoU and cost: not measured; a GPU is meant",
+    "half": "Val mIoU and cost: recipes/camvid/report.md, one CPU core",
+}
+# Chosen once, for the supervised lite0 student and a seed that no table shows; the same for every method.
+LEARNING_RATE = 1e-3
+
+DATA = """\
+[data]
+name = "camvid"
+root = "data/camvid"
+image_scale = {image_scale}
+crop = {crop}
+scales = [0.5, 0.75, 1.0, 1.5, 1.75, 2.0]
+
+[partition]
+labeled = "{share}"
+"""
+
+NETWORK = """\
+[student]
+backbone = "{backbone}"
+pretrained = {pretrained}
+output_stride = 16
+
+[student.head]
+name = "deeplabv3plus"
+channels = {width}
+low_level_channels = 24
+"""
+
+OPTIM = """\
+[optim]
+name = "adamw"
+lr = {lr}
+weight_decay = 0.01
+batch_size = {batch_size}
+steps = {steps}
+"""
+
+
+def all_recipes() -> Iterator[tuple[str, str]]:
+    """Yield name (below camvid/) and text of every recipe."""
+    for size in SIZES:
+        for share in SHARES:
+            for network in TEACHERS:
+                body = paper.METHOD["cps"].format(weight=1.0, cps_note="")
+                yield _recipe(size, share, network, "", "a teacher, by CPS with CutMix", body)
+            for network in STUDENTS:
+                values = paper.mgd_values("camvid", network)
+                for method, note in METHODS.items():
+                    body = paper.METHOD[method].format(weight=1.0, cps_note="", **values)
+                    if method in ("mgd", "kd", "cwd"):
+                        body = "".join(paper.teacher(*named) for named in _teachers(size, share).items()) + body
+                    yield _recipe(size, share, network, "" if method == "mgd" else f"_{method}", note, body)
+        for ablation, row in paper.ABLATIONS.items():
+            body = paper.ablated(row, _teachers(size, "1/16"), paper.mgd_values("camvid", "lite0"))
+            note = f"MGD changed as in Table {row[-1]} of the paper"
+            yield _recipe(size, "1/16", "lite0", f"_{ablation}", note, body)
+
+
+def _teachers(size: str, share: str) -> dict[str, str]:
+    names = dict(zip(("deep", "wide"), TEACHERS, strict=True))
+    return {key: f"recipes/camvid/{_name(size, network, share)}.toml" for key, network in names.items()}
+
+
+def _name(size: str, network: str, share: str) -> str:
+    return f"{size}_{network}_{share.replace('/', '-')}"
+
+
+def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str) -> tuple[str, str]:
+    """Return name and text of one recipe; `body`: its [teachers] and [method]."""
+    is_teacher, numbers = network in TEACHERS, SIZES[size]
+    backbone, pretrained = (TEACHERS[network], "true") if is_teacher else STUDENTS[network]
+    width, steps = (numbers[key][not is_teacher] for key in ("width", "steps"))
+    name = _name(size, network, share) + tail
+    stage = "distill" if "[teachers" in body else "teacher_cps"
+    sections = [
+        f"# accelerate launch stages/{stage}.py --recipe recipes/camvid/{name}.toml\n"
+        f"# CamVid: {note}. {COSTS[size]}.\n"
+        "# Written by recipes/generate.py.\n",
+        f'[run]\nname = "camvid_{name}-s{{seed}}"\n',
+        DATA.format(share=share, **numbers),
+        NETWORK.format(backbone=backbone, pretrained=pretrained, width=width),
+        body,
+        OPTIM.format(lr=LEARNING_RATE, batch_size=numbers["batch_size"], steps=steps),
+    ]
+    if not tail and not is_teacher:
+        sections.append(f'[eval]\nbaselines = ["recipes/camvid/{name}_supervised.toml"]\n')
+    return name, "\n".join(sections)

@@ -1,0 +1,87 @@
+"""Many cells by one command: each once, whatever is in between."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import call_stage, run_stage, stage_command, steps_done
+
+from mgd.runs import hold
+
+
+@pytest.fixture
+def cells(write_recipe, tmp_path):
+    """A baseline, and a student whose teacher's recipe comes along."""
+    student = {"student": {"head": {"channels": 8}}}
+    teacher = write_recipe("teacher.toml", run={"name": "teacher-s{seed}"}, method={"name": "cps"})
+    alone = write_recipe("alone.toml", run={"name": "alone-s{seed}"}, **student)
+    under = write_recipe(
+        "under.toml",
+        run={"name": "under-s{seed}"},
+        teachers={"big": {"recipe": str(teacher)}},
+        method={"name": "kd", "distill_from": ["big"]},
+        **student,
+    )
+    return [alone, under]
+
+
+def test_every_cell_is_run_once(cells, tmp_path, capsys):
+    table = tmp_path / "table.json"
+    first = run_stage("sweep.py", *cells, "--seeds", "0", "--json", table)
+    assert first.returncode == 0, first.stderr
+    assert [row["run"] for row in json.loads(table.read_text())] == ["alone-s0", "under-s0"]
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
+    assert {path.parent.name for path in written} == {"alone-s0", "under-s0", "teacher-s0"}
+
+    status, out, err = call_stage(capsys, "sweep.py", *cells, "--seeds", "0", "--json", table)
+    assert status == 0 and "[" not in out, "nothing is left to be done"
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    rows = json.loads(table.read_text())
+    for row in rows:
+        assert row["val mIoU %"] == json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())["miou"]
+
+
+def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
+    with hold(tmp_path / "runs" / "alone-s1"):
+        result = run_stage("sweep.py", cells[0], "--seeds", "1", "0", "--set", "optim.steps=2")
+    assert result.returncode == 2 and "alone-s1" in result.stderr.splitlines()[-1]
+    assert "1 of 2 did not finish" in result.stderr and "Traceback" not in result.stderr
+    assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
+    assert result.stdout.splitlines()[-1].startswith("| alone-s0 ")
+
+
+def test_a_signal_stops_the_cell_that_is_running_and_the_same_command_goes_on(cells, tmp_path):
+    arguments = (cells[0], "--seeds", "0", "1", "--set", "optim.steps=400", "--set", "run.checkpoint_every=1000")
+    first, second = (tmp_path / "runs" / f"alone-s{seed}" for seed in (0, 1))
+    process = subprocess.Popen(stage_command("sweep.py", *arguments), stderr=subprocess.PIPE, text=True)
+    while steps_done(first) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and not second.exists()
+    assert "alone-s0 is kept; the same command goes on" in errors.splitlines()[-1]
+    assert (first / "checkpoint" / "state.safetensors").exists() and not (first / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--set", "run.name=same"], "give each a [run] name of its own, with {seed}"),
+        (["--set", "optim.lr=fast"], "[optim] lr"),
+        (["--launch", "no-such-launcher"], "--launch no-such-launcher: cannot be started"),
+    ],
+)
+def test_bad_input_gets_one_line(cells, tmp_path, capsys, more, message):
+    status, _, err = call_stage(capsys, "sweep.py", cells[0], "--seeds", "0", "1", *more)
+    assert status == 2 and message in err and "Traceback" not in err
+    assert not list(tmp_path.glob("runs/*/metrics.json"))
+
+
+def test_the_launcher_is_asked(cells, tmp_path):
+    launcher = f"{sys.executable} -m accelerate.commands.launch --num_processes 1"
+    result = run_stage("sweep.py", cells[0], "--launch", launcher, env={"ACCELERATE_USE_CPU": "true"})
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
