@@ -72,6 +72,30 @@ class Cell:
         """Sample standard deviation over the seeds; None of a single one."""
         return statistics.stdev(self.mious) if len(self.runs) > 1 else None
 
+    @property
+    def of_teacher(self) -> float | None:
+        """Mean over the seeds of the share of the better teacher's mIoU that ours is, %."""
+        teachers = [better_teacher(folder) for folder, _ in self.runs]
+        if None in teachers:
+            return None
+        return statistics.mean(100 * ours / theirs for ours, theirs in zip(self.mious, teachers, strict=True))
+
+
+def better_teacher(folder: Path) -> float | None:
+    """Return the val mIoU (%) of a run's better teacher, if all are runs that can be found: by recipe, beside it."""
+    found, recipe = [], load(folder / "recipe.toml")
+    for teacher in recipe.teachers.values():
+        place = Path(teacher.checkpoint or "")
+        try:
+            if teacher.recipe:
+                seed = recipe.run.seed if teacher.seed is None else teacher.seed
+                trained = load(teacher.recipe, [f"run.seed={seed}"])
+                place = folder.parent / trained.run_dir.name
+            found.append(read_json(place / "metrics.json", ("miou",))["miou"])
+        except UserError:
+            return None
+    return max(found, default=None)
+
 
 def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     """Read the finished runs below some folders.
@@ -142,6 +166,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "reference": recipe.reference.miou if recipe.reference else None,
                 "reference_source": recipe.reference.source if recipe.reference else None,
                 "difference": cell.mean - recipe.reference.miou if recipe.reference else None,
+                "of_teacher": cell.of_teacher,
                 "steps": first["steps"],
                 "batch_size": recipe.optim.batch_size,
                 "minutes": statistics.mean(metrics["seconds"] for _, metrics in cell.runs) / 60,

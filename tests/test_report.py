@@ -61,6 +61,19 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
     assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
 
 
+def test_the_share_of_the_better_teacher(fake_run, tmp_path):
+    for seed, student, first, second in ((0, 45.0, 50.0, 40.0), (1, 44.0, 50.0, 55.0)):
+        fake_run("deep", seed, first)
+        given = fake_run("wide", seed, second, folder="elsewhere")
+        teachers = {"d": {"recipe": str(tmp_path / "deep.toml")}, "w": {"checkpoint": str(given)}}
+        fake_run("kd", seed, student, teachers=teachers, method={"name": "kd", "distill_from": ["d", "w"]})
+    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    assert rows["kd"]["of_teacher"] == pytest.approx((90 + 80) / 2) and rows["deep"]["of_teacher"] is None
+    (given / "metrics.json").unlink()
+    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    assert rows["kd"]["of_teacher"] is None
+
+
 def test_variants_stand_beside_their_run_in_a_table_of_their_own(fake_run, tmp_path):
     table_6 = {"miou": 51.0, "source": "Table 6"}
     term = {"name": "mgd", "pixel": {"teachers": ["t"]}}
