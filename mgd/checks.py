@@ -73,12 +73,24 @@ def check_recipe(
     if recipe.cache and recipe.data.unlabeled and recipe.data.unlabeled.streaming:
         raise UserError('[teachers] mode = "cached" needs images that come again; a stream needs mode = "online"')
     splits, partition, size = check_data(recipe, accelerator)
-    whole = size if recipe.eval.mode == "whole" else None
-    images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
-    check_trainable(recipe.student, len(splits.classes), images, recipe.data.crop, accelerator.num_processes > 1, whole)
+    _check_networks(recipe, len(splits.classes), local_batch, accelerator.num_processes > 1, size)
     if not partition.streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
         accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition
+
+
+def _check_networks(
+    recipe: Recipe, num_classes: int, local_batch: int, several_processes: bool, size: tuple[int, int]
+) -> None:
+    """Try each kind of network that the method trains; the first one is evaluated on images of `size`, too."""
+    whole = size if recipe.eval.mode == "whole" else None
+    images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
+    for where, section in recipe.networks.items():
+        try:
+            check_trainable(section, num_classes, images, recipe.data.crop, several_processes, whole)
+        except UserError as error:  # what builds networks knows them as [student]
+            raise UserError(str(error).replace("[student", f"[{where}")) from error
+        whole = None
 
 
 def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split, tuple[int, int]]:

@@ -68,7 +68,7 @@ def _pydantic_line(model: type[BaseModel], detail: Mapping[str, Any], where: str
     if detail["type"] == "missing":
         return f"[{section}]{key or ' ' + location[-1]}: missing"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    message = message.replace("valid tuple", "list")
+    message = message.replace("valid tuple", "list").replace("valid dictionary", "table")
     if detail["type"] == "literal_error":
         choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         message = f"is not a choice; {did_you_mean(detail['input'], choices)}"

@@ -79,10 +79,8 @@ def _run(
         if accelerator.is_main_process:
             fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
             open_folder(recipe, partition, fingerprints, restart)
-    seeds = [recipe.run.seed + 1_000_003 * index for index in range(method_class.num_networks)]
     with accelerator.main_process_first():
-        view = (recipe.data.image_scale, recipe.data.crop)
-        networks = [build_segmenter(recipe.student, splits.classes, splits.colors, seed, *view) for seed in seeds]
+        networks = build_networks(recipe, splits)
     targets = (
         cached_targets(recipe, accelerator, teachers, training_images(recipe, splits, partition))
         if recipe.cache
@@ -200,6 +198,18 @@ def evaluate_network(
             network, loader, num_classes, recipe.eval, recipe.data.crop, accelerator.device, keep
         )
     return scores(accelerator.reduce(confusion, reduction="sum"))
+
+
+def build_networks(recipe: Recipe, splits: Splits) -> list[nn.Module]:
+    """Return the networks that the method trains, each with initial weights of its own; the first one ships."""
+    sections = METHODS.get(recipe.method.name).sections(recipe.method, recipe.student)
+    return [
+        build_segmenter(
+            *(section, splits.classes, splits.colors, recipe.run.seed + 1_000_003 * index),
+            *(recipe.data.image_scale, recipe.data.crop),
+        )
+        for index, (_, section) in enumerate(sections)
+    ]
 
 
 def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:

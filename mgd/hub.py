@@ -149,7 +149,7 @@ def _front_matter(run: FinishedRun, repo: str, license: str | None) -> ModelCard
     tags = list(TAGS)
     if METHODS.get(run.recipe.method.name).uses_unlabeled:
         tags.append("semi-supervised")
-    if run.recipe.teachers:
+    if run.recipe.is_distilled:
         tags.append("knowledge-distillation")
     sources = (getattr(data, "hub", None), data.unlabeled.hub if data.unlabeled else None)
     hub_sets = [source for source in sources if source and not is_local(source)]
@@ -200,6 +200,8 @@ def _facts(run: FinishedRun) -> dict[str, str]:
         f"{plain(name)}: `{portable(teacher.recipe or teacher.checkpoint)}`"
         for name, teacher in recipe.teachers.items()
     ]
+    along = {where.rpartition(".")[2]: section for where, section in recipe.networks.items() if where != "student"}
+    teachers += [f"{plain(name)}: `{section.backbone}`, trained along" for name, section in along.items()]
     start = "timm's pretrained weights" if recipe.student.pretrained else "random weights"
     precision = "fp32" if metrics["mixed_precision"] == "no" else metrics["mixed_precision"]
     mean, std = (", ".join(f"{value:.2f}" for value in part.flatten().tolist()) for part in (network.mean, network.std))

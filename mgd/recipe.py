@@ -6,6 +6,7 @@
 import argparse
 import dataclasses
 import functools
+import importlib
 import json
 import shlex
 import sys
@@ -169,6 +170,10 @@ class ModelSection(Section):
     """Registered head by name, and its own keys."""
 
 
+Networks = dict[str, SerializeAsAny[ModelSection]]
+"""Type of a key of `[method]` that holds networks by name; each is a table like `[student]`, checked as that is."""
+
+
 class Teacher(Section):
     """`[teachers.<name>]`: one frozen teacher, by the recipe that trains it or by its weights."""
 
@@ -296,6 +301,16 @@ class Recipe:
         return self.run.seed if self.partition.seed is None else self.partition.seed
 
     @property
+    def networks(self) -> dict[str, ModelSection]:
+        """Sections of the networks that the method trains, by their place in the recipe; the first one ships."""
+        return dict(METHODS.get(self.method.name).sections(self.method, self.student))
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether its network learns from teachers, frozen or trained along with it."""
+        return bool(self.teachers) or len(self.networks) > 1
+
+    @property
     def command(self) -> str:
         """The command that runs this recipe as it stands, overrides included."""
         return self.command_of("distill" if self.teachers else "teacher_cps")
@@ -363,9 +378,11 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
         errors.append(f"[{name}]: unknown section; {did_you_mean(name, known)}")
     sections: dict[str, Any] = {}
     for name in _SECTIONS:
-        model = _section_model(name, raw.get(name), errors)
+        table = raw.get(name)
+        model = _section_model(name, table, errors)
         if model is not None:
-            sections[name] = _validate(model, raw.get(name, {}), name, errors)
+            table = _with_networks(model, table, name, errors) if name == "method" else raw.get(name, {})
+            sections[name] = _validate(model, table, name, errors)
     sections["teachers"], cached = _teachers(raw.get("teachers", {}), errors)
     cache = _validate(TeacherCache, raw.get("cache", {}), "cache", errors)
     if cached:
@@ -420,15 +437,34 @@ def _section_model(name: str, table: Any, errors: list[str]) -> type[Section] | 
     return {"run": Run, "partition": Partition, "optim": Optim, "eval": Eval}[name]
 
 
-def _student_model(table: Any, errors: list[str]) -> type[Section] | None:
+def _student_model(table: Any, errors: list[str], where: str = "student") -> type[Section] | None:
     if not isinstance(table, Mapping):
-        errors.append("[student]: missing" if table is None else f"[student]: must be a table, not {table!r}")
+        errors.append(f"[{where}]: missing" if table is None else f"[{where}]: must be a table, not {table!r}")
         return None
     if "head" not in table:
-        errors.append(f"[student.head]: missing; give name = one of {', '.join(HEADS.names())}")
+        errors.append(f"[{where}.head]: missing; give name = one of {', '.join(HEADS.names())}")
         return None
-    head = _plugin(HEADS, table["head"], "student.head", errors)
+    head = _plugin(HEADS, table["head"], f"{where}.head", errors)
     return None if head is None else _with_head(head.Config)
+
+
+def _network_keys(model: type[Section]) -> list[str]:
+    return [key for key, field in model.model_fields.items() if field.annotation == Networks]
+
+
+def _with_networks(model: type[Section], table: Any, where: str, errors: list[str]) -> Any:
+    """Return a table in which the networks that it holds, if its model has such keys, are checked sections."""
+    for key in _network_keys(model):
+        if isinstance(tables := table.get(key), Mapping):
+            checked = {}
+            for name, inner in tables.items():
+                place = f"{where}.{key}.{name}"
+                head = _student_model(inner, errors, place)
+                found = None if head is None else _validate(head, inner, place, errors)
+                # Where one is wrong, which has been noted, an empty one lets the other keys be checked too.
+                checked[name] = found or ModelSection.model_construct()
+            table = {**table, key: checked}
+    return table
 
 
 @functools.cache
@@ -482,14 +518,20 @@ def json_schema() -> dict[str, Any]:
         return union
 
     heads = choice([HEADS.get(name).Config for name in HEADS.names()])
+    student = create_model("Student", __base__=ModelSection, head=(heads, ...))
+
+    def described(config: type[Section]) -> type[Section]:
+        networks = {key: (dict[str, student], config.model_fields[key]) for key in _network_keys(config)}
+        return create_model(config.__name__, __base__=config, **networks) if networks else config
+
     model = create_model(
         "Recipe",
         __config__=ConfigDict(extra="forbid"),
         run=(Run, ...),
         data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
         partition=(Partition, ...),
-        student=(create_model("Student", __base__=ModelSection, head=(heads, ...)), ...),
-        method=(choice([METHODS.get(name).Config for name in METHODS.names()]), ...),
+        student=(student, ...),
+        method=(choice([described(METHODS.get(name).Config) for name in METHODS.names()]), ...),
         optim=(Optim, ...),
         eval=(Eval, Eval()),
         teachers=(_TeacherTables, {}),
@@ -526,4 +568,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    importlib.import_module("mgd.recipe").main()  # whose classes the methods know; those of __main__ are others

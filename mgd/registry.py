@@ -85,5 +85,5 @@ EXPORTERS: Registry[type] = Registry(
 METHODS: Registry[type] = Registry(
     "method",
     "mgd.methods",
-    [f"mgd.methods.{name}" for name in ("supervised", "mean_teacher", "cps", "mgd", "kd", "cwd")],
+    [f"mgd.methods.{name}" for name in ("supervised", "mean_teacher", "cps", "mgd", "mgd_online", "kd", "cwd")],
 )

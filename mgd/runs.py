@@ -238,8 +238,8 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
         if is_baseline and any(override.startswith("run.name=") for override in recipe.overrides):
             overrides.append(f"run.name={recipe.run.name}-{Path(path).stem}")
         needed[title] = load(path, overrides)
-        if needed[title].teachers:
-            raise UserError(f"{recipe.source}: {title} ({path}) has [teachers] of its own; only one level is trained")
+        if needed[title].teachers or (needed[title].is_distilled and not is_baseline):
+            raise UserError(f"{recipe.source}: {title} ({path}) has teachers of its own; only one level is trained")
         check_comparable(recipe, needed[title], title, is_baseline)
     _check_folders({"this run": recipe, **needed})
     return needed
@@ -287,7 +287,7 @@ def refuse_students(recipe: Recipe) -> None:
     for name, teacher in recipe.teachers.items():
         folder = Path(teacher.checkpoint or "")
         for path in (folder / "recipe.toml", folder / "model" / "recipe.toml"):
-            if teacher.checkpoint and path.is_file() and load(path).teachers:
+            if teacher.checkpoint and path.is_file() and load(path).is_distilled:
                 raise UserError(
                     f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
                     "that was trained without (to distil from it on purpose, copy its model.safetensors and "

@@ -25,7 +25,7 @@ SUITES = ("costs", "step", "eval", "data", "infer", "students")
 
 
 def main() -> None:
-    """Count the student of a recipe and the teachers that it names by recipe."""
+    """Count the networks that a recipe trains, and the teachers that it names."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
     flags.add_argument("--suite", choices=SUITES, default="costs", help="what is measured (costs)")
     flags.add_argument("--batch", type=cli.at_least(2), default=2, help="step: labelled images, at least 2")
@@ -42,7 +42,7 @@ def main() -> None:
     flags.add_argument("--backbones", nargs="+", default=inference.BACKBONES, help="students: timm names")
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
-    networks = {"student": recipe.student}
+    networks = dict(recipe.networks)
     for name, teacher in recipe.teachers.items():
         networks[name] = load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
     if args.suite in ("infer", "students"):
@@ -82,6 +82,11 @@ def main() -> None:
                 rows.append(row | {"conv_gmacs": cost.conv_gmacs})
     cli.print_rows(rows, args.json)
     print("gmacs: BatchNorm counted as in the paper; conv_gmacs: torch's own count. One image, one forward pass.")
+    if recipe.cache is None:
+        teachers = {name: section for name, section in networks.items() if name in recipe.teachers}
+        cost, steps = step.training_gmacs(recipe, teachers), recipe.optim.steps
+        whole = f"; {steps} steps: {cost * steps:.1f}" if steps else ""
+        print(f"training, conv_gmacs forward and backward: a step of {recipe.optim.batch_size}: {cost:.3f}{whole}")
 
 
 def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:

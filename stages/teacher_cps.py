@@ -1,4 +1,4 @@
-"""Train a network without teachers: cps | mean_teacher | supervised. Teachers, and baselines of students.
+"""Train without frozen teachers: cps | mean_teacher | supervised | mgd_online (teachers and student in one run).
 
 accelerate launch stages/teacher_cps.py --recipe recipes/quickstart_deep.toml
 """

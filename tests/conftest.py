@@ -40,6 +40,18 @@ TINY = {
     "optim": {"lr": 0.01, "batch_size": 4, "steps": 4},
 }
 
+TEACHER = TINY["student"] | {"head": {"name": "lraspp", "channels": 16}}
+ONLINE = {
+    "name": "mgd_online",
+    "teachers": {
+        "deep": TEACHER | {"backbone": "test_efficientnet"},
+        "wide": TEACHER | {"backbone": "test_byobnet"},
+    },
+    "pixel": {"teachers": ["deep", "wide"]},
+    "image": {"teachers": ["deep"]},
+    "region": {"teachers": ["wide"]},
+}
+
 
 def merged(base: dict, changes: dict) -> dict:
     """Return `base` with nested `changes` laid over it."""

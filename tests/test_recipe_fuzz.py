@@ -13,6 +13,7 @@ from mgd.errors import UserError
 from mgd.recipe import load, parse
 
 FILES = ("quickstart", "city_r18_1-8", "voc_r18_1-8_kd", "camvid/half_lite0_1-16_mean_teacher", "folder")
+FILES += ("quickstart_online",)
 BASES = [TINY, *(tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text()) for name in FILES)]
 CACHED = {"teachers": {"mode": "cached"}, "method": {"remix": "predictions"}}
 CACHED["cache"] = {"scales": [1.0, 1.5], "flip": True, "cell": 8}
@@ -64,9 +65,10 @@ def sane(recipe):
     assert recipe.student.output_stride in (8, 16, 32) and recipe.student.head.channels >= 1
     for name in ("weight", "temperature", "decay"):
         assert 0 <= getattr(recipe.method, name, 0) < math.inf
+    teachers = set(getattr(recipe.method, "teachers", recipe.teachers))
     for term in ("pixel", "image", "region"):
         if section := getattr(recipe.method, term, None):
-            assert 0 <= section.weight < math.inf and set(section.teachers) <= set(recipe.teachers)
+            assert 0 <= section.weight < math.inf and set(section.teachers) <= teachers
     assert not recipe.reference or 0 <= recipe.reference.miou <= 100
 
 

@@ -34,7 +34,8 @@ def test_generated_recipes_are_up_to_date():
         assert (ROOT / "recipes" / name).read_text() == text, f"{name}: run python recipes/generate.py"
     by_hand = {_name(path) for path in RECIPES} - files.keys()
     tails = ("", "_deep", "_wide", "_supervised")
-    assert by_hand == {f"{name}{tail}.toml" for name in ("quickstart", "folder") for tail in tails}
+    named = {f"{name}{tail}.toml" for name in ("quickstart", "folder") for tail in tails}
+    assert by_hand == named | {"quickstart_online.toml"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
@@ -150,8 +151,9 @@ def _builds(section, num_classes, crop):
 @pytest.mark.parametrize("path", RECIPES, ids=_name)
 def test_networks_build_and_their_weights_exist(path):
     recipe = load(path)
-    _builds(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
-    assert not recipe.student.pretrained or timm.models.is_model_pretrained(recipe.student.backbone)
+    for section in recipe.networks.values():
+        _builds(section, len(recipe.data.class_names()), recipe.data.crop)
+        assert not section.pretrained or timm.models.is_model_pretrained(section.backbone)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +23,7 @@ from mgd.methods.base import StepOutput
 from mgd.methods.mgd import MGD, MGDConfig
 from mgd.models.segmenter import Segmenter, SegOutput
 from mgd.recipe import ModelSection, Recipe, TeacherCache
+from mgd.registry import METHODS
 
 
 def suite(
@@ -163,6 +165,29 @@ def reference_step(
         log["loss_region"] += difference.square().mean()
     loss = log["loss_supervised"] + config.pixel.weight * (log["loss_pixel_labeled"] + log["loss_pixel_unlabeled"])
     return StepOutput(loss + config.image.weight * log["loss_image"] + config.region.weight * log["loss_region"], log)
+
+
+def training_gmacs(recipe: Recipe, teachers: Mapping[str, ModelSection]) -> float:
+    """Count the 10^9 multiply-accumulates of one training step, forward and backward, without computing them.
+
+    Args:
+        recipe: its method, networks, crop and batch.
+        teachers: the sections of its frozen teachers by name, which are asked in every step.
+    """
+    classes, method_class = recipe.data.class_names(), METHODS.get(recipe.method.name)
+    colors = [(0, 0, 0)] * len(classes)
+    batch = random_batch(recipe.optim.batch_size, recipe.data.crop, len(classes), torch.device("cpu"))
+    config = recipe.method.model_copy(update={"ohem": None})  # hard pixels cannot be told without values
+    with torch.device("meta"):
+        sections = method_class.sections(config, recipe.student)
+        networks = [Segmenter(section, classes, colors) for _, section in sections]
+        frozen = {name: Segmenter(section, classes, colors) for name, section in teachers.items()}
+    method = method_class(config, networks, frozen)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+        for network in [*networks, *method.averages.values(), *frozen.values()]:
+            network.to_empty(device="cpu")  # autocast, which the losses switch off, knows no meta device
+        method.step({key: fake.from_tensor(value) for key, value in batch.items()}, 0).loss.backward()
+    return counter.get_total_flops() / 2e9
 
 
 @torch.inference_mode()

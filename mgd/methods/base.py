@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mgd.errors import UserError, did_you_mean
 from mgd.losses import supervised
-from mgd.recipe import Section
+from mgd.recipe import ModelSection, Section
 
 IGNORE_INDEX = 255
 
@@ -47,7 +47,7 @@ class Method:
 
     Args:
         config: the recipe's `[method]`.
-        networks: the networks to train, `num_networks` of them; the first one ships. The loop
+        networks: the networks to train, one for each of `sections`; the first one ships. The loop
             puts their distributed wrappers in their place.
         teachers: frozen networks by name; they stay in eval mode and out of the checkpoint.
     """
@@ -78,6 +78,16 @@ class Method:
             raise UserError(f"name = {config.name!r} needs at least one [teachers.<name>]")
         if teachers and not cls.needs_teachers:
             raise UserError(f"name = {config.name!r} has no teachers; remove [teachers]")
+
+    @classmethod
+    def sections(cls, config: MethodSection, student: ModelSection) -> list[tuple[str, ModelSection]]:
+        """Return the sections of the networks to train, each with its place in the recipe; the first one ships.
+
+        Args:
+            config: the recipe's `[method]`.
+            student: the recipe's `[student]`.
+        """
+        return [("student", student)] * cls.num_networks
 
     @classmethod
     def check_cached(cls, config: MethodSection, crop: int, cell: int) -> None:

@@ -1,4 +1,4 @@
-"""MGD: a student under frozen teachers, distilled at pixel, image and region level."""
+"""MGD: a student under frozen teachers, distilled at pixel, image and region level; and its losses for others."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -35,7 +35,7 @@ class PixelTerm(Section):
     """`[method.pixel]`: cross-entropy against the teachers' hard labels, eq. 2."""
 
     teachers: tuple[str, ...] = ()
-    """Names under [teachers]; empty switches the term off."""
+    """Names of teachers; empty switches the term off."""
     weight: Weight = 1.0
     """Weight of the term."""
     on: tuple[Literal["labeled", "unlabeled"], ...] = ("labeled", "unlabeled")
@@ -46,7 +46,7 @@ class ImageTerm(Section):
     """`[method.image]`: L1 distance of pooled predictions on the mixed images, eq. 3-4."""
 
     teachers: tuple[str, ...] = ()
-    """Names under [teachers]; empty switches the term off."""
+    """Names of teachers; empty switches the term off."""
     weight: Weight = 0.002
     """lambda1; 0.002 goes with the summed form."""
     reduction: Literal["mean", "sum"] = "sum"
@@ -57,20 +57,87 @@ class RegionTerm(Section):
     """`[method.region]`: distance of region self-correlations on the mixed images, eq. 5-6."""
 
     teachers: tuple[str, ...] = ()
-    """Names under [teachers]; empty switches the term off."""
+    """Names of teachers; empty switches the term off."""
     weight: Weight = 100.0
     """lambda2."""
     grid: Annotated[int, Field(gt=0, le=64)] = 7
     """Regions a side."""
 
 
-class MGDConfig(MethodSection):
-    """Keys of `[method]` for `mgd`."""
+class TermsSection(MethodSection):
+    """Keys that `mgd` and `mgd_online` share: the three terms."""
 
-    name: Literal["mgd"] = "mgd"
     pixel: PixelTerm = PixelTerm()
     image: ImageTerm = ImageTerm()
     region: RegionTerm = RegionTerm()
+
+
+class Seen(NamedTuple):
+    """What one teacher says of a batch, as far as its losses need it."""
+
+    labeled: Tensor | None = None
+    """Classes `[B, H, W]` of the labelled images."""
+    unlabeled: Tensor | None = None
+    """Classes `[B, H, W]` for the mixed images: those of the two images, mixed like them; 255 in padding."""
+    logits: Tensor | None = None
+    """`[B, K, g, g]` of the mixed images, means over equal parts of them (or `[B, K, H, W]`, before any mean)."""
+    features: Tensor | None = None
+    """`[B, C, g, g]`, likewise."""
+
+
+class MultiGranularity(Method):
+    """What the student learns from its teachers, eq. 7: L_Sup + L_P^l + L_P^u + lambda1 L_I + lambda2 L_R."""
+
+    @classmethod
+    def check_terms(cls, config: TermsSection, teachers: tuple[str, ...]) -> set[str]:
+        """Check that every term names teachers that exist; return the names of all that are used."""
+        used: set[str] = set()
+        for term in ("pixel", "image", "region"):
+            names = getattr(config, term).teachers
+            check_names(f"{term}.teachers", names, teachers)
+            used |= set(names)
+        return used
+
+    def student_loss(self, output: NamedTuple, label: Tensor, seen: Mapping[str, Seen], padded: bool) -> StepOutput:
+        """Return the loss of the student and its terms.
+
+        Args:
+            output: of the student, `logits` and `features`: labelled images first, as many mixed ones after them.
+            label: `[B, H, W]` of the labelled images.
+            seen: what the teachers that the terms name say of them.
+            padded: their classes may be 255, which does not count.
+        """
+        config = self.config
+        labeled, mixed = output.logits.chunk(2)
+        features = output.features.chunk(2)[1]
+        log = {"loss_supervised": self.labeled_loss(labeled, label)}
+        loss = log["loss_supervised"]
+        if config.pixel.teachers:
+            for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
+                if where in config.pixel.on:
+                    targets = [getattr(seen[name], where) for name in config.pixel.teachers]
+                    log[f"loss_pixel_{where}"] = _pixel_level(logits, targets, padded)
+                    loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
+        if config.image.teachers:
+            # A sum over the batch is a sum over the global batch: the loop averages over processes.
+            scale = num_processes() if config.image.reduction == "sum" else 1
+            log["loss_image"] = scale * sum(
+                losses.image_level(mixed, seen[name].logits, config.image.reduction) for name in config.image.teachers
+            )
+            loss = loss + config.image.weight * log["loss_image"]
+        if config.region.teachers:
+            log["loss_region"] = sum(
+                losses.region_level(features, seen[name].features, config.region.grid)
+                for name in config.region.teachers
+            )
+            loss = loss + config.region.weight * log["loss_region"]
+        return StepOutput(loss, log)
+
+
+class MGDConfig(TermsSection):
+    """Keys of `[method]` for `mgd`."""
+
+    name: Literal["mgd"] = "mgd"
     remix: Literal["images", "predictions"] = "images"
     """What L_I and L_R see of the teachers: the mixed image, in a pass of its own; or the mixture of
     their predictions and features for the two images, which saves a quarter of their work (and is all
@@ -78,8 +145,8 @@ class MGDConfig(MethodSection):
 
 
 @METHODS.register("mgd")
-class MGD(Method):
-    """Total loss, eq. 7: L_Sup + L_P^l + L_P^u + lambda1 L_I + lambda2 L_R."""
+class MGD(MultiGranularity):
+    """Teachers that were trained beforehand and stay as they are, asked in every step or beforehand."""
 
     Config = MGDConfig
     needs_teachers = True
@@ -88,12 +155,7 @@ class MGD(Method):
     def check(cls, config: MGDConfig, teachers: tuple[str, ...]) -> None:
         """Check that every term names teachers that exist, and that every teacher is used."""
         super().check(config, teachers)
-        used: set[str] = set()
-        for term in ("pixel", "image", "region"):
-            names = getattr(config, term).teachers
-            check_names(f"{term}.teachers", names, teachers)
-            used |= set(names)
-        check_used(used, teachers, "pixel.teachers, image.teachers or region.teachers")
+        check_used(cls.check_terms(config, teachers), teachers, "pixel.teachers, image.teachers or region.teachers")
 
     @classmethod
     def check_cached(cls, config: MGDConfig, crop: int, cell: int) -> None:
@@ -132,40 +194,9 @@ class MGD(Method):
             seen = {name: _cached(batch, name, kinds) for name, kinds in self.cached_kinds(config).items()}
 
         student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
-        labeled, mixed = student.logits.chunk(2)
-        features = student.features.chunk(2)[1]
+        return self.student_loss(student, batch["label"], seen, padded=not self.teachers)
 
-        log = {"loss_supervised": self.labeled_loss(labeled, batch["label"])}
-        loss = log["loss_supervised"]
-        if config.pixel.teachers:
-            for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
-                if where in config.pixel.on:
-                    targets = [getattr(seen[name], where) for name in config.pixel.teachers]
-                    log[f"loss_pixel_{where}"] = self._pixel_level(logits, targets)
-                    loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
-        if config.image.teachers:
-            # A sum over the batch is a sum over the global batch: the loop averages over processes.
-            scale = num_processes() if config.image.reduction == "sum" else 1
-            log["loss_image"] = scale * sum(
-                losses.image_level(mixed, seen[name].logits, config.image.reduction) for name in config.image.teachers
-            )
-            loss = loss + config.image.weight * log["loss_image"]
-        if config.region.teachers:
-            log["loss_region"] = sum(
-                losses.region_level(features, seen[name].features, config.region.grid)
-                for name in config.region.teachers
-            )
-            loss = loss + config.region.weight * log["loss_region"]
-        return StepOutput(loss, log)
-
-    def _pixel_level(self, logits: Tensor, targets: Sequence[Tensor]) -> Tensor:
-        """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
-        if self.teachers:
-            return losses.pixel_level(logits, targets)
-        counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
-        return balance_processes(supervised.cross_entropies(logits, targets, IGNORE_INDEX), counts).sum()
-
-    def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> "Seen":
+    def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> Seen:
         """Ask a teacher; of its outputs, which are large, only what the losses need outlives this."""
         config = self.config
         with torch.inference_mode():
@@ -196,17 +227,12 @@ class MGD(Method):
         return wanted
 
 
-class Seen(NamedTuple):
-    """What one teacher says of a batch, as far as its losses need it."""
-
-    labeled: Tensor | None = None
-    """Classes `[B, H, W]` of the labelled images."""
-    unlabeled: Tensor | None = None
-    """Classes `[B, H, W]` for the mixed images: those of the two images, mixed like them; 255 in padding."""
-    logits: Tensor | None = None
-    """`[B, K, g, g]` of the mixed images, means over equal parts of them."""
-    features: Tensor | None = None
-    """`[B, C, g, g]`, likewise."""
+def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool) -> Tensor:
+    """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
+    if not padded:
+        return losses.pixel_level(logits, targets)
+    counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
+    return balance_processes(supervised.cross_entropies(logits, targets, IGNORE_INDEX), counts).sum()
 
 
 def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:

@@ -221,7 +221,7 @@ def check_trainable(
     """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
 
     Args:
-        section: the recipe's `[student]`.
+        section: the recipe's `[student]`, or another of its kind.
         num_classes: K.
         images: images of one forward pass of one process.
         crop: side of the training crop, pixels.

@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import run_stage, stage_command, steps_done
+from conftest import ONLINE, call_stage, run_stage, stage_command, steps_done
 from safetensors.torch import load_file
 
 TIMES = {"seconds", "images_per_second", "peak_memory_mb", "name", "command"}
@@ -73,8 +73,28 @@ def test_killed_stopped_and_started_again_ends_with_the_same_bits(write_recipe, 
     same_run(tmp_path / "runs" / "whole", folder)
 
 
+def test_a_run_that_trains_its_teachers_ends_with_the_same_bits(write_recipe, tmp_path, capsys):
+    whole, killed = recipes(write_recipe, 10, method=ONLINE)
+    folder = tmp_path / "runs" / "killed"
+    assert call_stage(capsys, "teacher_cps.py", "--recipe", whole)[0] == 0
+    kill_at(start("teacher_cps.py", killed, tmp_path / "errors"), folder, 4, signal.SIGKILL, while_writing=True)
+    assert not (folder / "metrics.json").exists()
+    status, printed, _ = call_stage(capsys, "teacher_cps.py", "--recipe", killed)
+    assert status == 0 and "goes on at step" in printed
+    same_run(tmp_path / "runs" / "whole", folder)
+    state = load_file(folder / "checkpoint" / "state.safetensors")
+    assert {key.partition("/")[0] for key in state} == {"network0", "network1", "network2", "optimizer"}
+    shipped = load_file(folder / "model" / "model.safetensors")
+    assert all(value.equal(state[f"network0/{key}"]) for key, value in shipped.items())
+    # What ships is a student, and no teacher of another.
+    term = {"name": "mgd", "pixel": {"teachers": ["one"]}}
+    again = write_recipe("again.toml", method=term, teachers={"one": {"checkpoint": str(folder)}})
+    status, _, errors = call_stage(capsys, "distill.py", "--recipe", again)
+    assert status == 2 and "is itself a student of teachers" in errors
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["cps", "mean_teacher", "mgd"])
+@pytest.mark.parametrize("method", ["cps", "mean_teacher", "mgd", "mgd_online"])
 def test_twenty_kills(write_recipe, tmp_path, method):
     stage, changes = "teacher_cps.py", {"method": {"name": method}}
     if method == "mgd":
@@ -82,6 +102,8 @@ def test_twenty_kills(write_recipe, tmp_path, method):
         teacher = write_recipe("teacher.toml", run={"name": "teacher"}, method={"name": "cps"})
         terms = {key: {"teachers": ["one"]} for key in ("pixel", "image", "region")}
         changes = {"method": {"name": "mgd", **terms}, "teachers": {"one": {"recipe": str(teacher)}}}
+    if method == "mgd_online":
+        changes = {"method": ONLINE}
     whole, killed = recipes(write_recipe, 60, **changes)
     folder = tmp_path / "runs" / "killed"
     assert run_stage(stage, "--recipe", whole).returncode == 0

@@ -11,7 +11,7 @@ import time
 import datasets
 import PIL.Image
 import pytest
-from conftest import run_stage, stage_command, steps_done
+from conftest import ONLINE, TINY, run_stage, stage_command, steps_done
 from safetensors.torch import load_file
 
 # Norms without batch statistics: only the order of sums tells the number of processes.
@@ -46,9 +46,9 @@ def same_within_tolerance(first, second):
     return metrics
 
 
-def recipes(write_recipe, steps, names=("one", "many")):
-    optim = {"lr": 0.001, "steps": steps, "batch_size": 4}
-    return [write_recipe(f"{name}.toml", run={"name": name}, optim=optim, **EXACT) for name in names]
+def recipes(write_recipe, steps, names=("one", "many"), **changes):
+    optim, changes = {"lr": 0.001, "steps": steps, "batch_size": 4}, EXACT | changes
+    return [write_recipe(f"{name}.toml", run={"name": name}, optim=optim, **changes) for name in names]
 
 
 def stop_at(launcher, recipe, folder, step):
@@ -77,6 +77,19 @@ def test_two_processes_take_up_what_one_began(write_recipe, tmp_path):
     assert "goes on at step" in done.stdout and "2 process(es)" in done.stdout
     metrics = same_within_tolerance(tmp_path / "runs" / "one", folder)
     assert [row["num_processes"] for row in metrics] == [1, 2]
+
+
+@pytest.mark.slow
+def test_teachers_that_train_along_learn_the_same_on_two_processes(write_recipe, tmp_path):
+    head = TINY["student"]["head"] | EXACT["student"]["head"]
+    teacher = {"pretrained": False, **EXACT["student"], "head": head}
+    method = ONLINE | {"teachers": {"deep": teacher, "wide": teacher}}
+    one, many = recipes(write_recipe, 5, method=method)
+    assert run_stage("teacher_cps.py", "--recipe", one).returncode == 0
+    done = run_stage("teacher_cps.py", "--recipe", many, launcher=torchrun(2, 29543), env=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    metrics = same_within_tolerance(tmp_path / "runs" / "one", tmp_path / "runs" / "many")
+    assert [found["num_processes"] for found in metrics] == [1, 2]
 
 
 @pytest.mark.slow
