@@ -15,6 +15,14 @@ METHODS = {
     "kd": "the student by pixel-wise distillation from both teachers, a baseline",
     "cwd": "the student by channel-wise distillation from both teachers, a baseline",
 }
+# Ours, not the paper's: changes to MGD that the benchmark tries. name -> what it replaces, by what, what it is
+VARIANTS = {
+    "soft": (
+        "[method.pixel]\n",
+        '[method.pixel]\nlabels = "soft"\n',
+        "MGD whose pixel term learns from the teachers' probabilities",
+    ),
+}
 
 # size -> constants of all its recipes; width: of the teachers' head and of the students'
 SIZES = {
@@ -84,6 +92,9 @@ def all_recipes() -> Iterator[tuple[str, str]]:
                     if method in ("mgd", "kd", "cwd"):
                         body = "".join(paper.teacher(*named) for named in _teachers(size, share).items()) + body
                     yield _recipe(size, share, network, "" if method == "mgd" else f"_{method}", note, body)
+                    if (share, network, method) == ("1/16", "lite0", "mgd"):
+                        for name, (old, new, what) in VARIANTS.items():
+                            yield _recipe(size, share, network, f"_{name}", what, body.replace(old, new))
         for ablation, row in paper.ABLATIONS.items():
             body = paper.ablated(row, _teachers(size, "1/16"), paper.mgd_values("camvid", "lite0"))
             note = f"MGD changed as in Table {row[-1]} of the paper"

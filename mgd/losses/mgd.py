@@ -26,6 +26,22 @@ def pixel_level(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Ten
     return cross_entropies(student_logits, labels).sum()
 
 
+def soft_pixel_level(student_logits: Tensor, teacher_probabilities: Sequence[Tensor]) -> Tensor:
+    """L_P with soft labels: cross-entropy against each teacher's class probabilities, summed over the teachers.
+
+    Not in the paper. Its gradient is that of the KL divergence (Hinton et al., 2015, temperature 1).
+
+    Args:
+        student_logits: `[B, K, H, W]`.
+        teacher_probabilities: N tensors `[B, K, H, W]`; no gradient flows into them.
+
+    Returns:
+        Scalar, mean over pixels.
+    """
+    target = torch.stack(list(teacher_probabilities)).sum(dim=0).detach()
+    return -(target * student_logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+
 def image_level(student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """L_I, eq. 3-4: L1 distance of the globally average-pooled predictions.
 

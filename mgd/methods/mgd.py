@@ -40,6 +40,8 @@ class PixelTerm(Section):
     """Weight of the term."""
     on: tuple[Literal["labeled", "unlabeled"], ...] = ("labeled", "unlabeled")
     """Images it is taken on."""
+    labels: Literal["hard", "soft"] = "hard"
+    """What is taken from a teacher: its likeliest classes (paper), or its class probabilities (not when cached)."""
 
 
 class ImageTerm(Section):
@@ -76,9 +78,9 @@ class Seen(NamedTuple):
     """What one teacher says of a batch, as far as its losses need it."""
 
     labeled: Tensor | None = None
-    """Classes `[B, H, W]` of the labelled images."""
+    """Classes `[B, H, W]` of the labelled images, or class probabilities `[B, K, H, W]`."""
     unlabeled: Tensor | None = None
-    """Classes `[B, H, W]` for the mixed images: those of the two images, mixed like them; 255 in padding."""
+    """The same for the mixed images: those of the two images, mixed like them; classes are 255 in padding."""
     logits: Tensor | None = None
     """`[B, K, g, g]` of the mixed images, means over equal parts of them (or `[B, K, H, W]`, before any mean)."""
     features: Tensor | None = None
@@ -165,6 +167,8 @@ class MGD(MultiGranularity):
                 'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '
                 '"predictions"'
             )
+        if config.pixel.labels == "soft":
+            raise UserError('pixel.labels = "soft" needs [teachers] mode = "online"; cached are their classes only')
         grid, parts = config.region.grid, -(-crop // cell)
         if config.region.teachers and parts < grid:
             raise UserError(
@@ -202,9 +206,12 @@ class MGD(MultiGranularity):
         with torch.inference_mode():
             outputs = look(self.teachers[name], views, self._wanted(name))
             asked = [view for view in outputs if view != "mixed" and name in config.pixel.teachers]
-            classes = {view: outputs[view].logits.argmax(dim=1) for view in asked}
-            labeled = classes.get("labeled")
-            unlabeled = mix(classes["first"], classes["second"], mask[:, 0]) if "first" in classes else None
+            if config.pixel.labels == "soft":
+                said = {view: outputs[view].logits.softmax(dim=1) for view in asked}
+            else:
+                said = {view: outputs[view].logits.argmax(dim=1) for view in asked}
+            labeled = said.get("labeled")
+            unlabeled = _mix_said(said["first"], said["second"], mask) if "first" in said else None
             logits = features = None
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
@@ -227,8 +234,15 @@ class MGD(MultiGranularity):
         return wanted
 
 
+def _mix_said(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
+    """Mix classes `[B, H, W]` or probabilities `[B, K, H, W]` as the images are, by a mask `[B, 1, H, W]`."""
+    return mix(first, second, mask if first.ndim == 4 else mask[:, 0])
+
+
 def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool) -> Tensor:
     """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
+    if targets[0].ndim == 4:
+        return losses.soft_pixel_level(logits, targets)
     if not padded:
         return losses.pixel_level(logits, targets)
     counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])

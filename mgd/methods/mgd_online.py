@@ -48,6 +48,8 @@ class MGDOnline(MultiGranularity):
                 f"name = {config.name!r} needs two [method.teachers.<name>] or more, which teach each other; "
                 f"here: {', '.join(config.teachers) or 'none'}"
             )
+        if config.pixel.labels != "hard":
+            raise UserError('pixel.labels = "soft" belongs to name = "mgd"; here the teachers\' labels are hard')
         if not cls.check_terms(config, tuple(config.teachers)):
             raise UserError(
                 "the student learns from no teacher; name some in pixel.teachers, image.teachers or region.teachers"

@@ -1,5 +1,6 @@
 """Each loss against hand-worked values and against a plain, slow float64 restatement of its equation."""
 
+import itertools
 import math
 
 import pytest
@@ -27,6 +28,22 @@ def test_pixel_level_equation_2():
                     hard = teacher[b, :, y, x].argmax()
                     expected -= student[b, :, y, x].log_softmax(0)[hard].item() / (2 * 3 * 5)
     assert mgd.pixel_level(student, teachers).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_soft_pixel_level_by_hand_and_plainly():
+    student = torch.tensor([math.log(3.0), 0.0]).view(1, 2, 1, 1)  # probabilities 3/4, 1/4
+    teacher = torch.tensor([0.5, 0.5]).view(1, 2, 1, 1)
+    expected = 0.5 * math.log(4 / 3) + 0.5 * math.log(4)
+    assert mgd.soft_pixel_level(student, [teacher]).item() == pytest.approx(expected)
+    student, *teachers = torch.randn(3, 2, 4, 3, 5, dtype=torch.float64)
+    probabilities = [teacher.softmax(dim=1) for teacher in teachers]
+    expected = 0.0
+    for target in probabilities:
+        for b, y, x in itertools.product(range(2), range(3), range(5)):
+            expected -= (target[b, :, y, x] * student[b, :, y, x].log_softmax(0)).sum().item() / (2 * 3 * 5)
+    assert mgd.soft_pixel_level(student, probabilities).item() == pytest.approx(expected, rel=1e-12)
+    hard = [torch.nn.functional.one_hot(t.argmax(1), 4).permute(0, 3, 1, 2).double() for t in teachers]
+    assert mgd.soft_pixel_level(student, hard).item() == pytest.approx(mgd.pixel_level(student, teachers).item())
 
 
 def test_image_level_by_hand():

@@ -87,6 +87,21 @@ def test_mgd_is_equation_7(batch):
         assert torch.allclose(mine, plain, rtol=1e-4, atol=1e-7)
 
 
+def test_mgd_with_soft_labels_learns_from_probabilities(batch):
+    student, deep, wide = Toy(0), Toy(1), Toy(2)
+    config = MGDConfig(pixel=PixelTerm(teachers=("deep", "wide"), labels="soft"))
+    out = MGD(config, [student], {"deep": deep, "wide": wide}).step(batch, 0)
+    mixed = student(_mixed(batch, batch["unlabeled"], batch["mix"])).logits
+    expected = functional.cross_entropy(student(batch["image"]).logits, batch["label"], ignore_index=255)
+    for teacher in (deep, wide):
+        for seen, said in (
+            (student(batch["image"]).logits, teacher(batch["image"]).logits.softmax(1)),
+            (mixed, _mixed(batch, teacher(batch["unlabeled"]).logits, teacher(batch["mix"]).logits).softmax(1)),
+        ):
+            expected = expected + functional.cross_entropy(seen, said)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_mgd_runs_a_teacher_only_on_what_its_terms_need(batch):
     sizes = {}
 
