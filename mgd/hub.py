@@ -200,8 +200,11 @@ def _facts(run: FinishedRun) -> dict[str, str]:
         f"{plain(name)}: `{portable(teacher.recipe or teacher.checkpoint)}`"
         for name, teacher in recipe.teachers.items()
     ]
-    along = {where.rpartition(".")[2]: section for where, section in recipe.networks.items() if where != "student"}
-    teachers += [f"{plain(name)}: `{section.backbone}`, trained along" for name, section in along.items()]
+    teachers += [
+        f"{plain(where.removeprefix('method.teachers.'))}: `{section.backbone}`, trained along"
+        for where, section in recipe.networks.items()
+        if where != "student"
+    ]
     start = "timm's pretrained weights" if recipe.student.pretrained else "random weights"
     precision = "fp32" if metrics["mixed_precision"] == "no" else metrics["mixed_precision"]
     mean, std = (", ".join(f"{value:.2f}" for value in part.flatten().tolist()) for part in (network.mean, network.std))

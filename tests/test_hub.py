@@ -15,7 +15,7 @@ import pytest
 import tomli_w
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, TINY, merged
+from conftest import ONLINE, ROOT, TINY, merged
 from hub_server import READER, WRITER, Hub, Repository
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load, load_file, save_file
@@ -381,6 +381,12 @@ def test_the_card_of_a_student(run, tmp_path):
     shown = load_recipe(tmp_path / "out" / "recipe.toml")
     assert shown.data.classes == tuple(data["classes"]) and shown.data.root == "<b>"
     assert shown.teachers["deep"].checkpoint == "deep-s0" and shown.run.output == "runs of mine"
+
+
+def test_the_card_names_teachers_that_were_trained_along(run):
+    card = ModelCard(model_card(open_run(altered(run, "online", {"method": ONLINE})), "org/online"))
+    assert "deep: `test_efficientnet`, trained along, wide: `test_byobnet`, trained along" in card.text
+    assert "knowledge-distillation" in card.data.tags
 
 
 def test_a_model_of_before_is_pushed_with_the_scale_of_its_recipe(run, tmp_path):

@@ -1,5 +1,8 @@
 """Teachers and student in one run: a step against a plain restatement; what is refused; what it costs."""
 
+import json
+import re
+
 import pytest
 import torch
 from conftest import ONLINE, ROOT, call_stage
@@ -173,6 +176,15 @@ def test_the_quickstart_in_one_stage_costs_what_its_stages_cost():
         assert load(ROOT / teacher.recipe).student == two.method.teachers[name]
     for term in ("pixel", "image", "region"):
         assert getattr(one.method, term) == getattr(two.method, term)
+
+
+def test_the_costs_of_all_its_networks_are_listed(write_recipe, tmp_path, capsys):
+    recipe, table = write_recipe(method=ONLINE), tmp_path / "costs.json"
+    status, printed, _ = call_stage(capsys, "benchmark.py", "--recipe", recipe, "--json", table)
+    assert status == 0 and re.search(r"a step of 4: 0\.\d+; 4 steps: \d\.\d$", printed.splitlines()[-1])
+    whole = {row["network"]: row for row in json.loads(table.read_text()) if row["part"] == "total"}
+    assert list(whole) == ["student", "method.teachers.deep", "method.teachers.wide"]
+    assert whole["method.teachers.wide"]["backbone"] == "test_byobnet"
 
 
 def test_the_schema_describes_the_teachers_heads():
