@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,9 @@ from accelerate.utils import gather_object
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mgd.data.loaders import Images, TrainingPairs, available_cpus, start_worker
+from mgd.data.loaders import Images, TrainingPairs, read_each
 from mgd.data.targets import (
     CONFIDENCE_STRIDE,
     FORMAT,
@@ -246,7 +245,7 @@ def _fill(
         for number in missing[accelerator.process_index :: accelerator.num_processes]
     }
     order = [place[ids[index]] for shard in shards.values() for index in shard]
-    decoded = _each(images, order, _pixels, recipe.data.workers)
+    decoded = read_each(images, order, _pixels, recipe.data.workers)
     silent = None if accelerator.is_main_process else True  # None: shown on a terminal
     bar = tqdm(total=len(order), desc=f"{folder.name}: teachers", unit="img", leave=False, disable=silent)
     with bar, accelerator.autocast(), torch.inference_mode():
@@ -306,24 +305,6 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: st
     return found
 
 
-class _Each(Dataset):
-    def __init__(self, images: Images, order: list[int], what: Callable[[Images, int], Any]) -> None:
-        self.images, self.order, self.what = images, order, what
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: int) -> Any:
-        return self.what(self.images, self.order[place])
-
-
-def _each(images: Images, order: list[int], what: Callable[[Images, int], Any], workers: int) -> Iterator[Any]:
-    workers = min(workers, available_cpus()) if len(order) > 100 else 0  # processes take seconds to start
-    return iter(
-        DataLoader(_Each(images, order, what), batch_size=None, num_workers=workers, worker_init_fn=start_worker)
-    )
-
-
 def _pixels(images: Images, index: int) -> Tensor:
     return to_tensor(images.read(index, with_label=False)[0])
 
@@ -336,5 +317,5 @@ def _checksums(images: Images, workers: int, accelerator: Accelerator) -> list[i
     """CRC-32 of every image's file, each process its share."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
     share = list(range(rank, len(images), world_size))
-    found = gather_object(list(zip(share, map(int, _each(images, share, _checksum, workers)), strict=True)))
+    found = gather_object(list(zip(share, map(int, read_each(images, share, _checksum, workers)), strict=True)))
     return [checksum for _, checksum in sorted(found)]

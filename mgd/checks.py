@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, per_process
 from mgd.data.partitions import Split, split
@@ -191,6 +192,23 @@ def usable_val(splits: Splits, section: DataSection, accelerator: Accelerator) -
     if not good:
         raise UserError(f"[data] none of the {len(images)} validation images can be used")
     return dataclasses.replace(splits, val=rows_of(splits.val, good))
+
+
+def usable_images(found: Candidates, accelerator: Accelerator) -> Candidates:
+    """Read every image, masked or not, and return those that can be used; masks are not read.
+
+    Raises:
+        UserError: one cannot be used and the recipe does not say to skip it, or none is left to choose from.
+    """
+    section, problems, sources = found.section, {}, {"images": found.images, "labeled": found.labeled}
+    for name, source in sources.items():
+        problems |= _read_all(Images(source), False, "candidate" if name == "images" else name, section, accelerator)[0]
+    if problems:
+        _answer_problems(list(problems.values()), section, accelerator)
+    good = {name: tuple(one for one in source["id"] if one not in problems) for name, source in sources.items()}
+    if not good["images"]:
+        raise UserError(f"[data] {section.name}: no image to choose from can be used")
+    return dataclasses.replace(found, **{name: rows_of(source, good[name]) for name, source in sources.items()})
 
 
 def _answer_problems(problems: Sequence[str], section: DataSection, accelerator: Accelerator) -> None:

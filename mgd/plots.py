@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
+import PIL.ImageOps
 from torch import Tensor
 
 from mgd.errors import UserError
@@ -107,6 +108,27 @@ def save_overlays(
     for left, down, name, color in legend:
         draw.rectangle((left, top + down + 3, left + 12, top + down + 15), tuple(color), "black")
         draw.text((left + 17, top + down + 1), name, "black", font)
+    write_aside(output, lambda aside: canvas.save(aside, format="PNG"))
+
+
+def save_contact_sheet(pictures: Sequence[tuple[str, PIL.Image.Image]], output: Path) -> None:
+    """Save thumbnails in rows, in their order, with the ends of their names below.
+
+    Args:
+        pictures: name and RGB image.
+        output: PNG file.
+    """
+    side, gap, line = 160, 4, 16
+    font = PIL.ImageFont.load_default(11)
+    columns = max(1, min(10, round(len(pictures) ** 0.5 + 0.5)))
+    rows = -(-len(pictures) // columns)
+    canvas = PIL.Image.new("RGB", (columns * (side + gap), rows * (side + line + gap)), "white")
+    draw = PIL.ImageDraw.Draw(canvas)
+    for place, (name, picture) in enumerate(pictures):
+        left, top = place % columns * (side + gap), place // columns * (side + line + gap)
+        thumbnail = PIL.ImageOps.contain(picture, (side, side))
+        canvas.paste(thumbnail, (left + (side - thumbnail.width) // 2, top + (side - thumbnail.height) // 2))
+        draw.text((left + 2, top + side + 1), name[-26:], "black", font)
     write_aside(output, lambda aside: canvas.save(aside, format="PNG"))
 
 

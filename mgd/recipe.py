@@ -351,7 +351,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: TOML file.
-        overrides: `section.key=value` strings (`--set`), value in TOML; bare words are text.
+        overrides: `section.key=value` strings (`--set`), value in TOML; bare words are text. A labeled_list takes the
+            place of the file's `[partition] labeled`.
 
     Raises:
         UserError: every mistake at once, a line each, with file, section, key and choices.
@@ -363,6 +364,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a NUL in the path, a huge integer
         raise UserError(f"{path}: not valid TOML: {error}") from error
+    if any(text.startswith("partition.labeled_list=") for text in overrides) and isinstance(raw.get("partition"), dict):
+        raw["partition"].pop("labeled", None)  # no --set could, and lists leave it out
     for text in overrides:
         override(raw, text)
     if not all(text.startswith(_KEEP_REFERENCE) for text in overrides):

@@ -15,6 +15,7 @@ ALLOWED = {  # module prefix -> what of ours it may import
     "mgd.files": BASE,
     "mgd.pictures": BASE,
     "mgd.registry": BASE,
+    "mgd.selection": BASE,
     "mgd.tables": BASE,
     "mgd.recipe": PLUGIN | {"mgd.tables"},
     "mgd.losses": {"mgd.losses"},
@@ -64,6 +65,11 @@ def test_nothing_but_the_plan_at_top_level():
     top = {name.split("/")[0] for name in tracked.stdout.split()}
     expected = {"stages", "mgd", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE"}
     assert {name for name in top if not name.startswith(".")} <= expected
+
+
+def test_no_stage_is_called_as_a_standard_module():
+    # `python -m torch.distributed.run` from inside stages/ would import it in its place before any of ours runs.
+    assert not {path.stem for path in (ROOT / "stages").glob("*.py")} & set(sys.stdlib_module_names)
 
 
 def test_stages_share_their_opening_lines():

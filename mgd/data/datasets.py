@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -144,7 +145,7 @@ class Folder(DataSection):
     """Your own images: images/, masks/ (same stems) and, if you like, unlabeled/."""
 
     root: str
-    """Folder that holds images/ and masks/; images without a mask are unlabelled."""
+    """Folder that holds images/, masks/ and perhaps unlabeled/; images without a mask are unlabelled."""
     classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
     """Class names; mask value i is classes[i], 255 is ignored."""
     colors: tuple[Color, ...] = ()
@@ -164,30 +165,39 @@ class Folder(DataSection):
         """List images and masks, and hold out the validation images."""
         self._check_keys()
         images, masks = self._pairs(existing_folder(self.root, "[data] root"))
-        if self.val_root is None:
-            names = sorted(masks, key=lambda name: hashlib.sha256(name.encode()).digest())
-            if len(names) < 2:
-                raise UserError(f"{self.root}: one image with a mask; at least 2 are needed (one to evaluate)")
-            held_out = names[: min(max(1, round(self.val_share * len(names))), len(names) - 1)]
-            val = paired(images, {name: masks.pop(name) for name in held_out})
-        else:
-            val = paired(*self._pairs(existing_folder(self.val_root, "[data] val_root")))
-            held_out = []
-        pool = {name: path for name, path in images.items() if name not in masks and name not in held_out}
-        unlabeled = Path(self.root) / "unlabeled"
-        if unlabeled.is_dir():
-            more = {f"unlabeled/{name}": path for name, path in by_stem(unlabeled).items()}
-            if clash := sorted(more.keys() & images.keys()):
-                raise UserError(f"{self.root}: images/{clash[0]} and {clash[0]} would share an id; rename one")
-            pool |= more
+        if self.val_root is None and len(masks) < 2:
+            raise UserError(f"{self.root}: one image with a mask; at least 2 are needed (one to evaluate)")
+        held_out = {name: masks.pop(name) for name in self.held_out(masks)}
+        val = (images, held_out)
+        if self.val_root is not None:
+            val = self._pairs(existing_folder(self.val_root, "[data] val_root"))
+        pool = sorted(images.keys() - masks.keys() - held_out.keys())
         return Splits(
             labeled=paired(images, masks),
-            unlabeled=table(sorted(pool), [str(pool[name]) for name in sorted(pool)]),
-            val=val,
+            unlabeled=table(pool, [str(images[name]) for name in pool]),
+            val=paired(*val),
             classes=self.classes,
             colors=self.colors or default_colors(len(self.classes)),
             decoder=LabelDecoder(len(self.classes), colors=self.colors, ignore_color=self.ignore_color),
         )
+
+    def images(self, root: Path) -> dict[str, Path]:
+        """Return every image of a folder of this layout by id; those of unlabeled/ have it in their id.
+
+        Raises:
+            UserError: there is no images/, or two images would share an id.
+        """
+        images, more = by_stem(existing_folder(root / "images", "images")), root / "unlabeled"
+        more = {f"unlabeled/{name}": path for name, path in by_stem(more).items()} if more.is_dir() else {}
+        if clash := sorted(more.keys() & images.keys()):
+            raise UserError(f"{root}: images/{clash[0]} and {clash[0]} would share an id; rename one")
+        return images | more
+
+    def held_out(self, names: Iterable[str]) -> list[str]:
+        """Return which of the images that have masks, `names`, are evaluated on: none where `val_root` is."""
+        ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+        count = min(max(1, round(self.val_share * len(ordered))), len(ordered) - 1)
+        return [] if self.val_root is not None else ordered[:count]
 
     def _check_keys(self) -> None:
         """Refuse what contradicts itself.
@@ -210,8 +220,7 @@ class Folder(DataSection):
                 raise UserError(f"[data] {problem}")
 
     def _pairs(self, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-        images = by_stem(existing_folder(root / "images", "images"))
-        masks = by_stem(existing_folder(root / "masks", "masks"))
+        images, masks = self.images(root), by_stem(existing_folder(root / "masks", "masks"))
         orphans = sorted(masks.keys() - images.keys())
         if orphans:
             raise UserError(f"{root}: masks without an image of the same stem: {some(orphans)}")

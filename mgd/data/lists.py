@@ -1,12 +1,13 @@
 """The public labelled / unlabelled lists of VOC and Cityscapes, and lists of one's own."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 
 import pooch
 
 from mgd.data.datasets import SUFFIXES
 from mgd.errors import UserError
+from mgd.files import write_text
 from mgd.recipe import Partition
 
 # Lists of CPS (Chen et al.) and PseudoSeg (Zou et al.) as the repository of CPS publishes them.
@@ -71,13 +72,28 @@ def read_list(path: Path) -> list[str]:
         UserError: the file cannot be read or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        entries = _lines(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    entries = [entry for line in lines if (entry := line.split("\t")[0].strip())]
     if not entries:
         raise UserError(f"{path}: names no image")
     return entries
+
+
+def write_list(path: Path, ids: Sequence[str]) -> None:
+    """Write a list that `read_list` reads as these ids.
+
+    Raises:
+        UserError: an id that a line cannot hold, or a file that cannot be written.
+    """
+    for name in ids:
+        if _lines(name) != [name]:
+            raise UserError(f"{path}: the id {name!r} cannot stand on a line; rename that image")
+    write_text(path, "".join(f"{name}\n" for name in ids))
+
+
+def _lines(text: str) -> list[str]:
+    return [entry for line in text.splitlines() if (entry := line.split("\t")[0].strip())]
 
 
 def match(entries: list[str], known: Collection[str], what: str) -> list[str]:
@@ -90,7 +106,9 @@ def match(entries: list[str], known: Collection[str], what: str) -> list[str]:
     ids = [_id_of(entry, known) for entry in entries]
     lost = [entry for entry, name in zip(entries, ids, strict=True) if name not in known]
     if lost:
-        raise UserError(f"{what}: {len(lost)} of {len(ids)} entries are no image of [data]: {', '.join(lost[:3])}")
+        raise UserError(
+            f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {', '.join(lost[:3])}"
+        )
     if len(set(ids)) < len(ids):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         raise UserError(f"{what}: names {twice[0]} twice")

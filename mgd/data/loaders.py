@@ -8,8 +8,9 @@ many, and a resumed run goes on exactly where it stopped.
 import functools
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -33,11 +34,11 @@ class Images:
 
     Args:
         source: columns `id`, `image` and, unless no label is ever asked for, `label`.
-        decoder: turns a mask into class indices.
+        decoder: turns a mask into class indices; None if no label is ever asked for.
         image_scale: factor by which images and labels are resized first.
     """
 
-    def __init__(self, source: datasets.Dataset, decoder: LabelDecoder, image_scale: float = 1.0) -> None:
+    def __init__(self, source: datasets.Dataset, decoder: LabelDecoder | None = None, image_scale: float = 1.0) -> None:
         self.ids = list(source["id"])
         for column in {"image", "label"} & set(source.column_names):
             source = source.cast_column(column, datasets.Image(decode=False))
@@ -237,6 +238,25 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
         num_workers=min(workers, len(share), available_cpus()),
         collate_fn=list,
         worker_init_fn=start_worker,
+    )
+
+
+class _Each(Dataset):
+    def __init__(self, images: Images, order: Sequence[int], what: Callable[[Images, int], Any]) -> None:
+        self.images, self.order, self.what = images, order, what
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, place: int) -> Any:
+        return self.what(self.images, self.order[place])
+
+
+def read_each(images: Images, order: Sequence[int], what: Callable[[Images, int], Any], workers: int) -> Iterator[Any]:
+    """Yield `what(images, index)` for the indices in `order`, computed by that many data loading processes."""
+    workers = min(workers, available_cpus()) if len(order) > 100 else 0  # processes take seconds to start
+    return iter(
+        DataLoader(_Each(images, order, what), batch_size=None, num_workers=workers, worker_init_fn=start_worker)
     )
 
 

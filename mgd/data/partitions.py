@@ -97,8 +97,11 @@ def split(
 def _by_lists(section: Partition, with_mask: Sequence[str], without_mask: Sequence[str], data_name: str) -> Split:
     lists = own_lists(section) if section.protocol == "files" else public_lists(section, data_name)
     where = section.labeled_list or f"the {section.protocol} list {section.labeled}"
-    labeled = match(lists[0], with_mask, f"{where} (labelled)")
-    unlabeled = match(lists[1], {*with_mask, *without_mask}, f"{section.unlabeled_list or where} (unlabelled)")
+    everything = {*with_mask, *without_mask}
+    labeled = match(lists[0], everything, f"{where} (labelled)")
+    if bare := sorted(set(labeled) - set(with_mask)):
+        raise UserError(f"{where} (labelled): {len(bare)} of {len(labeled)} images have no mask: {', '.join(bare[:3])}")
+    unlabeled = match(lists[1], everything, f"{section.unlabeled_list or where} (unlabelled)")
     both = sorted(set(labeled) & set(unlabeled))
     if both and section.protocol == "files":
         raise UserError(f"{where}: {both[0]} stands in both lists")

@@ -89,13 +89,29 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         Args:
             image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
         """
+        low, high = self._maps(image)
+        logits, features = self.head(low, high)
+        logits = functional.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
+        return SegOutput(logits, features)
+
+    def describe(self, image: Tensor) -> Tensor:
+        """Describe images by what the backbone sees in them.
+
+        Args:
+            image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
+
+        Returns:
+            `[B, C]`: the mean of its deepest feature map over all positions.
+        """
+        return self._maps(image)[1].float().mean(dim=(2, 3))
+
+    def _maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the backbone's two feature maps, of stride 4 and the deepest."""
         pixels = (image.to(self.mean.dtype) - self.mean) / self.std
         if not torch.compiler.is_exporting():  # a device's runtime chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         low, high = self.backbone(pixels)
-        logits, features = self.head(low, high)
-        logits = functional.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
-        return SegOutput(logits, features)
+        return low, high
 
     @torch.inference_mode()
     def predict(self, picture: PIL.Image.Image) -> Prediction:

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from mgd.data.datasets import default_colors
-from mgd.data.lists import match, public_lists, read_list
+from mgd.data.lists import match, public_lists, read_list, write_list
 from mgd.data.loaders import Images
 from mgd.data.partitions import split
 from mgd.data.public import CITYSCAPES, VOC, Cityscapes
@@ -209,13 +209,25 @@ def test_lists_of_ones_own(tmp_path):
     assert read_list(tmp_path / "l.txt") == ["/some/where/a.png", "b"]
     section = Partition(protocol="files", labeled_list=str(tmp_path / "l.txt"), unlabeled_list=str(tmp_path / "u.txt"))
     assert split(section, ["a", "b", "c"], ["sub/d", "e"], 0).unlabeled == ("c", "sub/d")
-    with pytest.raises(UserError, match="l.txt .labelled.: 1 of 2 entries are no image of .data.: b"):
+    with pytest.raises(UserError, match="l.txt .labelled.: 1 of 2 entries are no training image of .data.: b"):
         split(section, ["a", "c"], ["sub/d"], 0)
+    with pytest.raises(UserError, match="l.txt .labelled.: 1 of 2 images have no mask: b"):
+        split(section, ["a", "c"], ["sub/d", "b"], 0)
     with pytest.raises(UserError, match="x: names a twice"):
         match(["a", "q/a.png"], ["a"], "x")
     (tmp_path / "u.txt").write_text("a")
     with pytest.raises(UserError, match="a stands in both lists"):
         split(section, ["a", "b"], [], 0)
+
+
+def test_a_written_list_reads_as_its_ids(tmp_path):
+    ids = ["a", "sub/b c", "unlabeled/ü.v2"]
+    write_list(tmp_path / "l.txt", ids)
+    assert read_list(tmp_path / "l.txt") == ids
+    for odd in ("a\tb", "a\nb", " a", "a\u2028b"):
+        with pytest.raises(UserError, match="cannot stand on a line; rename that image"):
+            write_list(tmp_path / "odd.txt", ["a", odd])
+    assert not (tmp_path / "odd.txt").exists()
 
 
 @needs_lists
@@ -242,7 +254,7 @@ def test_public_lists(data, protocol, counts, whole):
 @needs_lists
 def test_a_list_that_does_not_fit_the_data():
     section = Partition(protocol="cps", labeled="1/8", root=str(LISTS))
-    with pytest.raises(UserError, match=r"the cps list 1/8 \(labelled\): 1323 of 1323 entries are no image"):
+    with pytest.raises(UserError, match=r"the cps list 1/8 \(labelled\): 1323 of 1323 entries are no training image"):
         split(section, ["2099_000001"], [], 0, data_name="voc")
 
 

@@ -1,0 +1,60 @@
+"""Which images there are to choose from when some are to be labelled; no mask is read."""
+
+import dataclasses
+from collections.abc import Collection
+from pathlib import Path
+
+import datasets
+
+from mgd.data.datasets import Folder, by_stem, table
+from mgd.data.stream import whole_pool
+from mgd.recipe import DataSection
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The training images of a data set, as they are before a choice."""
+
+    images: datasets.Dataset
+    """Columns `id` and `image`: those that can be chosen."""
+    labeled: datasets.Dataset
+    """Columns `id` and `image`: those that have a mask already, and keep it."""
+    section: DataSection
+    """The recipe's `[data]`."""
+    masks: Path | None = None
+    """Folder for the masks of what is chosen; None: they are there, or elsewhere."""
+
+    def lists(self, chosen: Collection[str]) -> tuple[list[str], list[str], list[str]]:
+        """Return the ids that a run sees as labelled and as unlabelled once `chosen` have masks, and the held-out ones.
+
+        Of a folder without `val_root` a share of all masks is held out for evaluation; these stand in neither list.
+        """
+        with_mask = {*self.labeled["id"], *chosen}
+        held_out = self.section.held_out(with_mask) if self.masks else []
+        pool = self.section.unlabeled
+        more = whole_pool(pool)["id"] if pool and not pool.streaming else []
+        unlabeled = {*self.images["id"], *more} - with_mask
+        return sorted(with_mask.difference(held_out)), sorted(unlabeled), held_out
+
+
+def find_candidates(section: DataSection) -> Candidates:
+    """Return the images without a mask; where all have one, all training images. [data.unlabeled] is not among them.
+
+    Raises:
+        UserError: see the readers.
+    """
+    if isinstance(section, Folder):  # which may have no mask at all yet
+        root = Path(section.root)
+        images, masks = section.images(root), root / "masks"
+        painted = sorted(images.keys() & by_stem(masks).keys()) if masks.is_dir() else []
+        if bare := sorted(images.keys() - set(painted)):
+            return Candidates(_rows(bare, images), _rows(painted, images), section, masks)
+    splits = section.load()
+    everything = splits.labeled.select_columns(["id", "image"])
+    if len(splits.unlabeled):
+        return Candidates(splits.unlabeled, everything, section)
+    return Candidates(everything, everything.select([]), section)
+
+
+def _rows(names: list[str], images: dict[str, Path]) -> datasets.Dataset:
+    return table(names, [str(images[name]) for name in names])

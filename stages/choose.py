@@ -1,0 +1,135 @@
+"""Choose which images to label when there are masks for a few only.
+
+python stages/choose.py --recipe recipes/folder.toml --budget 50 --output picks
+"""
+
+import argparse
+import os
+import sys
+
+# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
+sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+
+import shlex  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from mgd import cli  # noqa: E402
+from mgd.checks import usable_images  # noqa: E402
+from mgd.data.candidates import Candidates, find_candidates  # noqa: E402
+from mgd.data.lists import write_list  # noqa: E402
+from mgd.data.loaders import Images  # noqa: E402
+from mgd.data.partitions import split  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.files import write_text  # noqa: E402
+from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.plots import save_contact_sheet  # noqa: E402
+from mgd.pool import descriptions, disagreements, untrained  # noqa: E402
+from mgd.recipe import Partition, Recipe, load  # noqa: E402
+from mgd.selection import cover, most_uncertain  # noqa: E402
+from mgd.tables import labeled_amount  # noqa: E402
+
+MODELS = {"random": (0,), "coverage": (0, 1), "disagreement": (2,)}  # strategy -> how many it can use
+ON_SHEET = 100
+
+
+def main() -> None:
+    """Choose, and write what is chosen as lists that a recipe can name."""
+    flags = cli.recipe_parser(__doc__.splitlines()[0])
+    flags.add_argument("--budget", required=True, type=_amount, help="images to label: 50, 0.05 or 1/16")
+    flags.add_argument(
+        "--strategy",
+        choices=list(MODELS),
+        default="coverage",
+        help="what the recipe would draw; what stands for the others (default); that, of what two models disagree on",
+    )
+    flags.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="disagreement: the two trained models; coverage: one to see with, in place of the recipe's backbone",
+    )
+    flags.add_argument("--output", required=True, type=cli.output_folder, help="folder for the lists")
+    args = flags.parse_args()
+    recipe = load(args.recipe, args.set)
+    output = Path(args.output)
+    if len(args.model) not in MODELS[args.strategy]:
+        fitting = " or ".join(map(str, MODELS[args.strategy]))
+        raise UserError(f"--strategy {args.strategy} takes {fitting} --model, not {len(args.model)}")
+    if (output / "labeled.txt").exists():
+        raise UserError(f"{output / 'labeled.txt'} is there: an earlier choice; name another --output, or delete it")
+
+    accelerator = cli.start(recipe)
+    found = usable_images(find_candidates(recipe.data), accelerator)
+    images, labeled = Images(found.images), Images(found.labeled)
+    budget = labeled_amount(args.budget, len(images))
+    if budget >= len(images):
+        raise UserError(f"--budget {args.budget}: there are {len(images)} images to choose from; choose fewer")
+    networks = [load_segmenter(name).eval().to(accelerator.device) for name in args.model]
+    if args.strategy == "random":
+        chosen = _draw(recipe, images, budget)
+    else:
+        pool = list(range(len(images)))
+        if args.strategy == "disagreement":
+            pool = most_uncertain(disagreements(networks, images, recipe, accelerator), budget)
+        eye = networks[0] if networks else untrained(recipe, accelerator)
+        features = descriptions(eye, images, pool, recipe, accelerator)
+        known = descriptions(eye, labeled, range(len(labeled)), recipe, accelerator)
+        chosen = [pool[index] for index in cover(features, budget, known)]
+    if accelerator.is_main_process:
+        lists = found.lists([images.ids[index] for index in chosen])
+        _write(output, found, images, chosen, lists)
+        row = {"strategy": args.strategy, "chosen": len(chosen), "of": len(images), "had a mask": len(labeled)}
+        row |= {"labelled": len(lists[0]), "unlabelled": len(lists[1]), "held out": len(lists[2])}
+        cli.print_rows([row], args.json)
+        print(_advice(recipe, output, found, len(lists[2])))
+
+
+def _amount(text: str) -> int | float | str:
+    try:
+        value = text if "/" in text else float(text) if "." in text else int(text)
+        labeled_amount(value, pool=1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return value
+
+
+def _draw(recipe: Recipe, images: Images, budget: int) -> list[int]:
+    """Return what `[partition] protocol = "random"` would draw with the recipe's seed."""
+    seed = recipe.run.seed if recipe.partition.seed is None else recipe.partition.seed
+    drawn = set(split(Partition(labeled=budget), images.ids, [], seed).labeled)
+    return [index for index, name in enumerate(images.ids) if name in drawn]
+
+
+def _write(output: Path, found: Candidates, images: Images, chosen: list[int], lists: tuple) -> None:
+    """Write the chosen images, their thumbnails and the two lists; labeled.txt last, which marks a whole choice."""
+    lines = []
+    for index in chosen:
+        row, name = images.unlabeled[index]["image"], images.ids[index]
+        mask = f"\t{found.masks / name}.png" if found.masks else ""
+        lines.append(f"{row['path'] if row['bytes'] is None else name}{mask}\n")
+    write_text(output / "selected.txt", "".join(lines))
+    shown = [(images.ids[index], images.read(index, with_label=False)[0]) for index in chosen[:ON_SHEET]]
+    save_contact_sheet(shown, output / "selected.png")
+    write_list(output / "unlabeled.txt", lists[1])
+    write_list(output / "labeled.txt", lists[0])
+
+
+def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int) -> str:
+    """Say what to do with the choice."""
+    lines = [f"{output / 'selected.txt'}: the images to label; selected.png shows them"]
+    if found.masks:
+        lines.append(f"paint their masks, class indices as PNG, at the second path of each line ({found.masks}/ID.png)")
+        lines.append(
+            "before all are there, [partition] labeled = 1.0 trains on those that are; with all, the two lists:"
+        )
+    if held_out:
+        lines.append(f"{held_out} of all masks will be held out for evaluation ([data] val_share), in neither list")
+    lists = {"protocol": "files", "labeled_list": output / "labeled.txt", "unlabeled_list": output / "unlabeled.txt"}
+    sets = " ".join(f"--set {shlex.quote(f'partition.{key}={value}')}" for key, value in lists.items())
+    return "\n".join([*lines, f"{recipe.command} {sets}"])
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,183 @@
+"""The choice of what to label, and a run on the lists that it writes."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tomli_w
+from conftest import call_stage
+
+from mgd import checks
+from mgd.data.lists import read_list
+from mgd.data.partitions import split
+from mgd.recipe import Partition
+
+KINDS = ("labeled", "unlabeled")
+TRAIN = [f"train-{index:06d}" for index in range(12)]
+
+
+def lists(folder):
+    return [read_list(folder / f"{kind}.txt") for kind in KINDS]
+
+
+@pytest.fixture
+def choose(capsys, tmp_path):
+    """Run the stage; return exit status and both outputs."""
+
+    def run(recipe, output, budget, *args):
+        arguments = ("--recipe", recipe, "--output", tmp_path / output, "--budget", budget, *args)
+        return call_stage(capsys, "choose.py", *arguments)
+
+    return run
+
+
+@pytest.fixture
+def train(capsys, tmp_path):
+    """Train on the lists of a choice; return exit status and the last error up to where it explains."""
+
+    def run(recipe, choice, *args):
+        checks._load_splits.cache_clear()
+        checks._check_images.cache_clear()
+        values = {"protocol": "files", **{f"{kind}_list": tmp_path / choice / f"{kind}.txt" for kind in KINDS}}
+        sets = [part for key, value in values.items() for part in ("--set", f"partition.{key}={value}")]
+        status, _, error = call_stage(capsys, "teacher_cps.py", "--recipe", recipe, *sets, *args)
+        lines = [line for line in error.splitlines() if line.startswith("error: ")]
+        return status, lines[-1].partition(" (")[0] if lines else ""
+
+    return run
+
+
+@pytest.fixture
+def photos(write_recipe, tmp_path):
+    """A recipe of a folder with photos of many sizes, and as yet no mask; and a painter of masks."""
+    root, random = tmp_path / "mine", np.random.default_rng(0)
+    for index in range(20):
+        place = "unlabeled/film" if index % 4 == 0 else "images"
+        path = root / place / f"photo {index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = (20 + 3 * index, 33)
+        PIL.Image.fromarray(random.integers(256, size=(*size, 3), dtype=np.uint8)).save(path)
+
+    def write(**data):
+        recipe = write_recipe(student={"output_stride": 32})
+        data = {"name": "folder", "root": str(root), "classes": ["a", "b"], "crop": 32, "workers": 0} | data
+        recipe.write_text(tomli_w.dumps(tomllib.loads(recipe.read_text()) | {"data": data}))
+        return recipe
+
+    return root, write
+
+
+def paint(folder):
+    """Paint the masks that selected.txt asks for."""
+    for line in (folder / "selected.txt").read_text().splitlines():
+        image, mask = map(Path, line.split("\t"))
+        with PIL.Image.open(image) as picture:
+            width, height = picture.size
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        values = np.arange(width * height).reshape(height, width) % 2
+        PIL.Image.fromarray(values.astype(np.uint8)).save(mask)
+
+
+def test_random_is_the_draw_of_the_recipe(write_recipe, choose, tmp_path):
+    recipe = write_recipe()
+    status, out, error = choose(recipe, "third", "1/3", "--strategy", "random", "--set", "run.seed=3")
+    assert status == 0, error
+    drawn = split(Partition(labeled=4), TRAIN, [], seed=3)
+    assert lists(tmp_path / "third") == [list(drawn.labeled), list(drawn.unlabeled)]
+    assert "| random   | 4      | 12 | 0          | 4        | 8          | 0        |" in out
+    choose(recipe, "other", 4, "--strategy", "random", "--set", "run.seed=3", "--set", "partition.seed=1")
+    assert lists(tmp_path / "other")[0] == list(split(Partition(labeled=4), TRAIN, [], seed=1).labeled)
+
+
+def test_coverage_is_repeatable_and_its_lists_train(write_recipe, choose, train, tmp_path):
+    recipe = write_recipe()
+    status, out, error = choose(recipe, "picks", 4, "--json", tmp_path / "row.json")
+    assert status == 0, error
+    assert "a backbone of random weights sees little" in out
+    labeled, unlabeled = lists(tmp_path / "picks")
+    assert len(labeled) == 4 and sorted(labeled + unlabeled) == TRAIN
+    order = (tmp_path / "picks" / "selected.txt").read_text().split()
+    assert sorted(order) == labeled
+    with PIL.Image.open(tmp_path / "picks" / "selected.png") as sheet:
+        assert sheet.width > 300 and np.asarray(sheet).std() > 20
+    assert json.loads((tmp_path / "row.json").read_text())[0]["chosen"] == 4
+
+    assert choose(recipe, "again", 2)[0] == 0  # a smaller budget takes the first ones of the larger
+    assert (tmp_path / "again" / "selected.txt").read_text().split() == order[:2]
+    before = (tmp_path / "picks" / "labeled.txt").read_bytes()
+    status, _, error = choose(recipe, "picks", 5)
+    assert status == 2 and "an earlier choice; name another --output" in error
+    assert (tmp_path / "picks" / "labeled.txt").read_bytes() == before
+
+    command = out.strip().splitlines()[-1]
+    assert all(part in command for part in ("teacher_cps.py", "protocol=files", str(tmp_path / "picks")))
+    assert train(recipe, "picks") == (0, "")
+    manifest = json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text())
+    assert (manifest["protocol"], manifest["labeled"], manifest["unlabeled"]) == ("files", labeled, unlabeled)
+
+    run = tmp_path / "runs" / "tiny"  # and what it trained can see, and disagree
+    assert choose(recipe, "seen", 4, "--model", run)[0] == 0
+    status, _, error = choose(recipe, "argued", 2, "--strategy", "disagreement", "--model", run, run)
+    assert status == 0, error
+    assert len(lists(tmp_path / "argued")[0]) == 2
+
+
+def test_photos_without_a_mask_then_with_some(photos, choose, train, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root, write = photos
+    recipe = write(root="mine", val_share=0.3)
+    status, out, error = choose(recipe, "first", 6)
+    assert status == 0, error
+    assert "2 of all masks will be held out" in out and "before all are there" in out
+    chosen = (tmp_path / "first" / "selected.txt").read_text().splitlines()
+    assert len(chosen) == 6 and not (root / "masks").exists()
+    for image, mask in (line.split("\t") for line in chosen):
+        assert (tmp_path / image).is_file() and mask.startswith("mine/masks/") and mask.endswith(".png")
+
+    assert train(recipe, "first") == (2, "error: masks: the folder mine/masks does not exist")
+    paint(tmp_path / "first")
+    labeled, unlabeled = lists(tmp_path / "first")
+    assert train(recipe, "first") == (0, "")
+    manifest = json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text())
+    assert (manifest["labeled"], manifest["unlabeled"]) == (labeled, unlabeled)
+    assert (len(labeled), len(unlabeled)) == (4, 14)
+
+    status, out, error = choose(recipe, "second", 3)  # goes on where the first left off
+    assert status == 0, error
+    more = (tmp_path / "second" / "selected.txt").read_text().splitlines()
+    assert len(more) == 3 and not set(more) & set(chosen)
+    labeled, unlabeled = lists(tmp_path / "second")
+    assert (len(labeled), len(unlabeled)) == (6, 11)  # of 9 masks 3 are held out
+    paint(tmp_path / "second")
+    assert train(recipe, "second", "--restart") == (0, "")
+
+
+def test_what_cannot_be_read_is_named_or_left_out(photos, choose, tmp_path):
+    root, write = photos
+    (root / "images" / "photo 01.png").write_bytes(b"\x89PNG cut short")
+    status, _, error = choose(write(), "picks", 5)
+    assert status == 2 and "1 image(s) cannot be used: image photo 01 cannot be read" in error
+    assert not (tmp_path / "picks").exists()
+    status, out, error = choose(write(on_error="skip"), "picks", 17)
+    assert status == 0, error
+    assert "note: 1 image(s) skipped" in out and "photo 01" not in "".join(map(str, lists(tmp_path / "picks")))
+
+
+def test_bad_input_is_one_line(write_recipe, photos, choose, tmp_path):
+    recipe = write_recipe()
+    for arguments, message in (
+        (("12",), "--budget 12: there are 12 images to choose from; choose fewer"),
+        (("1.0",), "--budget 1.0: there are 12 images"),
+        (("4", "--strategy", "disagreement"), "--strategy disagreement takes 2 --model, not 0"),
+        (("4", "--strategy", "random", "--model", "x"), "--strategy random takes 0 --model, not 1"),
+        (("4", "--model", tmp_path), "expected a run, a model folder or a hub id"),
+        (("0",), "0 is no count of images"),
+        (("1/0",), "no fraction"),
+        (("many",), "invalid literal"),
+    ):
+        status, _, error = choose(recipe, "out", *arguments)
+        assert status == 2 and message in error and "Traceback" not in error, error
+    assert not (tmp_path / "out").exists()
