@@ -120,7 +120,7 @@ def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int) -> s
     """Say what to do with the choice."""
     lines = [f"{output / 'selected.txt'}: the images to label; selected.png shows them"]
     if found.masks:
-        lines.append(f"paint their masks, class indices as PNG, at the second path of each line ({found.masks}/ID.png)")
+        lines.append(f"paint their masks at the second path of each line, {found.masks}/ID.png")
         lines.append(
             "before all are there, [partition] labeled = 1.0 trains on those that are; with all, the two lists:"
         )

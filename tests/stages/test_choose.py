@@ -1,6 +1,7 @@
 """The choice of what to label, and a run on the lists that it writes."""
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 
@@ -8,12 +9,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
-from conftest import call_stage
+from conftest import call_stage, run_stage
 
 from mgd import checks
 from mgd.data.lists import read_list
 from mgd.data.partitions import split
-from mgd.recipe import Partition
+from mgd.models.segmenter import build_segmenter
+from mgd.recipe import Partition, load
 
 KINDS = ("labeled", "unlabeled")
 TRAIN = [f"train-{index:06d}" for index in range(12)]
@@ -118,11 +120,45 @@ def test_coverage_is_repeatable_and_its_lists_train(write_recipe, choose, train,
     manifest = json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text())
     assert (manifest["protocol"], manifest["labeled"], manifest["unlabeled"]) == ("files", labeled, unlabeled)
 
-    run = tmp_path / "runs" / "tiny"  # and what it trained can see, and disagree
-    assert choose(recipe, "seen", 4, "--model", run)[0] == 0
-    status, _, error = choose(recipe, "argued", 2, "--strategy", "disagreement", "--model", run, run)
+    assert choose(recipe, "seen", 4, "--model", tmp_path / "runs" / "tiny")[0] == 0
+    assert len(lists(tmp_path / "seen")[0]) == 4
+
+
+def test_disagreement_chooses_among_the_most_disputed(write_recipe, choose, tmp_path):
+    recipe = load(write_recipe())
+    splits = recipe.data.load()
+    networks = [
+        build_segmenter(recipe.student, classes, splits.colors, seed).eval()
+        for seed, classes in ((0, splits.classes), (1, splits.classes), (0, splits.classes[::-1]))
+    ]
+    for index, network in enumerate(networks):
+        network.save(tmp_path / str(index))
+    disputed = {}
+    for row in splits.labeled:
+        first, second = (network.predict(row["image"]).label for network in networks[:2])
+        disputed[row["id"]] = (first != second).mean()
+    ranked = sorted(disputed, key=disputed.get, reverse=True)
+    assert disputed[ranked[3]] > disputed[ranked[4]] and disputed[ranked[7]] > disputed[ranked[8]]
+    options = ("--strategy", "disagreement", "--model", tmp_path / "0")
+    status, _, error = choose(recipe.source, "one", 1, *options, tmp_path / "1")
     assert status == 0, error
-    assert len(lists(tmp_path / "argued")[0]) == 2
+    assert set(lists(tmp_path / "one")[0]) < set(ranked[:4])
+    assert choose(recipe.source, "two", 2, *options, tmp_path / "1")[0] == 0
+    assert set(lists(tmp_path / "two")[0]) < set(ranked[:8])
+    status, _, error = choose(recipe.source, "other", 1, *options, tmp_path / "2")
+    assert status == 2 and "the two know other classes" in error
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one(write_recipe, choose, tmp_path):
+    recipe = write_recipe()
+    assert choose(recipe, "one", 5)[0] == 0
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547")
+    arguments = ("--recipe", recipe, "--budget", 5, "--output", tmp_path / "two")
+    done = run_stage("choose.py", *arguments, launcher=launcher, env={"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr
+    for name in ("selected.txt", "labeled.txt", "unlabeled.txt"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
 def test_photos_without_a_mask_then_with_some(photos, choose, train, tmp_path, monkeypatch):
@@ -136,6 +172,7 @@ def test_photos_without_a_mask_then_with_some(photos, choose, train, tmp_path, m
     assert len(chosen) == 6 and not (root / "masks").exists()
     for image, mask in (line.split("\t") for line in chosen):
         assert (tmp_path / image).is_file() and mask.startswith("mine/masks/") and mask.endswith(".png")
+    assert any("unlabeled/film/" in line for line in chosen) and any("mine/images/" in line for line in chosen)
 
     assert train(recipe, "first") == (2, "error: masks: the folder mine/masks does not exist")
     paint(tmp_path / "first")
