@@ -1,15 +1,12 @@
 """Recipes: one TOML file a run, one frozen model a section, checked whole before anything starts.
 
-`python -m mgd.recipe --schema` prints a JSON Schema for editors.
+`python -m mgd.recipe FILE ...` checks recipes, `--schema` prints a JSON Schema for editors (mgd/schema.py).
 """
 
-import argparse
 import dataclasses
 import functools
 import importlib
-import json
 import shlex
-import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -451,13 +448,14 @@ def _student_model(table: Any, errors: list[str], where: str = "student") -> typ
     return None if head is None else _with_head(head.Config)
 
 
-def _network_keys(model: type[Section]) -> list[str]:
+def network_keys(model: type[Section]) -> list[str]:
+    """Return the keys of a section that hold networks by name."""
     return [key for key, field in model.model_fields.items() if field.annotation == Networks]
 
 
 def _with_networks(model: type[Section], table: Any, where: str, errors: list[str]) -> Any:
     """Return a table in which the networks that it holds, if its model has such keys, are checked sections."""
-    for key in _network_keys(model):
+    for key in network_keys(model):
         if isinstance(tables := table.get(key), Mapping):
             checked = {}
             for name, inner in tables.items():
@@ -505,70 +503,5 @@ def _similar_files(path: Path) -> str:
     return f"; {did_you_mean(path.name, names)}" if names else ""
 
 
-class _TeacherTables(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Teacher]
-    mode: Literal["online", "cached"] = "online"
-
-
-def json_schema() -> dict[str, Any]:
-    """Return a JSON Schema of a recipe file, the built-in data sets, heads and methods included."""
-
-    def choice(models: list[type[Section]]) -> Any:
-        union = models[0]
-        for model in models[1:]:
-            union = union | model
-        return union
-
-    heads = choice([HEADS.get(name).Config for name in HEADS.names()])
-    student = create_model("Student", __base__=ModelSection, head=(heads, ...))
-
-    def described(config: type[Section]) -> type[Section]:
-        networks = {key: (dict[str, student], config.model_fields[key]) for key in _network_keys(config)}
-        return create_model(config.__name__, __base__=config, **networks) if networks else config
-
-    model = create_model(
-        "Recipe",
-        __config__=ConfigDict(extra="forbid"),
-        run=(Run, ...),
-        data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
-        partition=(Partition, ...),
-        student=(student, ...),
-        method=(choice([described(METHODS.get(name).Config) for name in METHODS.names()]), ...),
-        optim=(Optim, ...),
-        eval=(Eval, Eval()),
-        teachers=(_TeacherTables, {}),
-        cache=(TeacherCache, TeacherCache()),
-        reference=(Reference | None, None),
-    )
-    return model.model_json_schema()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the JSON Schema, or check the recipes that are named."""
-    parser = argparse.ArgumentParser(prog="python -m mgd.recipe", description="Check recipes, or print their schema.")
-    parser.add_argument("recipes", nargs="*", help="recipes to check")
-    parser.add_argument("--schema", action="store_true", help="print a JSON Schema for editors")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of each"
-    )
-    args = parser.parse_args(argv)
-    if args.schema:
-        print(json.dumps(json_schema(), indent=2))
-    elif not args.recipes:
-        parser.error("name a recipe, or --schema")
-    wrong = 0
-    for name in args.recipes:
-        try:
-            recipe = load(name, args.set)
-            for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
-                load(other)
-            print(f"{name}: ok")
-        except UserError as error:
-            wrong += 1
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-    sys.exit(2 if wrong else 0)
-
-
 if __name__ == "__main__":
-    importlib.import_module("mgd.recipe").main()  # whose classes the methods know; those of __main__ are others
+    importlib.import_module("mgd.schema").main()  # a module of its own, as the classes of __main__ are not ours

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 from mgd.errors import UserError
-from mgd.recipe import json_schema, load, main
+from mgd.recipe import load
+from mgd.schema import json_schema, main
 from mgd.tables import labeled_amount
 
 

@@ -14,7 +14,8 @@ from mgd.errors import UserError
 from mgd.methods.mgd import ImageTerm, PixelTerm, RegionTerm
 from mgd.methods.mgd_online import MGDOnline, MGDOnlineConfig
 from mgd.models.segmenter import SegOutput
-from mgd.recipe import ModelSection, json_schema, load
+from mgd.recipe import ModelSection, load
+from mgd.schema import json_schema
 
 TERMS = {
     "pixel": PixelTerm(teachers=("deep", "wide"), weight=0.7),

@@ -1,0 +1,91 @@
+"""The JSON Schema of recipes, and the command that checks them: `python -m mgd.recipe`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from mgd.errors import UserError
+from mgd.recipe import (
+    Eval,
+    ModelSection,
+    Optim,
+    Partition,
+    Reference,
+    Run,
+    Section,
+    Teacher,
+    TeacherCache,
+    load,
+    network_keys,
+)
+from mgd.registry import DATASETS, HEADS, METHODS
+
+
+class _TeacherTables(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Teacher]
+    mode: Literal["online", "cached"] = "online"
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON Schema of a recipe file, the built-in data sets, heads and methods included."""
+
+    def choice(models: list[type[Section]]) -> Any:
+        union = models[0]
+        for model in models[1:]:
+            union = union | model
+        return union
+
+    heads = choice([HEADS.get(name).Config for name in HEADS.names()])
+    student = create_model("Student", __base__=ModelSection, head=(heads, ...))
+
+    def described(config: type[Section]) -> type[Section]:
+        """Return a method's keys, the heads of its networks described."""
+        networks = {key: (dict[str, student], config.model_fields[key]) for key in network_keys(config)}
+        return create_model(config.__name__, __base__=config, **networks) if networks else config
+
+    model = create_model(
+        "Recipe",
+        __config__=ConfigDict(extra="forbid"),
+        run=(Run, ...),
+        data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
+        partition=(Partition, ...),
+        student=(student, ...),
+        method=(choice([described(METHODS.get(name).Config) for name in METHODS.names()]), ...),
+        optim=(Optim, ...),
+        eval=(Eval, Eval()),
+        teachers=(_TeacherTables, {}),
+        cache=(TeacherCache, TeacherCache()),
+        reference=(Reference | None, None),
+    )
+    return model.model_json_schema()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the JSON Schema, or check the recipes that are named."""
+    parser = argparse.ArgumentParser(prog="python -m mgd.recipe", description="Check recipes, or print their schema.")
+    parser.add_argument("recipes", nargs="*", help="recipes to check")
+    parser.add_argument("--schema", action="store_true", help="print a JSON Schema for editors")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of each"
+    )
+    args = parser.parse_args(argv)
+    if args.schema:
+        print(json.dumps(json_schema(), indent=2))
+    elif not args.recipes:
+        parser.error("name a recipe, or --schema")
+    wrong = 0
+    for name in args.recipes:
+        try:
+            recipe = load(name, args.set)
+            for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
+                load(other)
+            print(f"{name}: ok")
+        except UserError as error:
+            wrong += 1
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+    sys.exit(2 if wrong else 0)
