@@ -163,6 +163,7 @@ def test_networks_that_cannot_train_are_named_before_training(write_recipe, tmp_
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_quickstart_in_one_stage_costs_what_its_stages_cost():
     def spent(name):
         recipe = load(ROOT / "recipes" / f"{name}.toml")

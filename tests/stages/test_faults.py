@@ -73,6 +73,7 @@ def test_killed_stopped_and_started_again_ends_with_the_same_bits(write_recipe, 
     same_run(tmp_path / "runs" / "whole", folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_trains_its_teachers_ends_with_the_same_bits(write_recipe, tmp_path, capsys):
     whole, killed = recipes(write_recipe, 10, method=ONLINE)
     folder = tmp_path / "runs" / "killed"
