@@ -70,7 +70,7 @@ def check_recipe(
     if recipe.cache and recipe.cache_dir == recipe.run_dir:
         raise UserError(f"[cache] folder = {recipe.cache.folder!r} is the folder of the run; name another")
     for name, teacher in (teachers or {}).items():
-        check_classes(load_splits(recipe.data), teacher, f"[teachers.{name}]")
+        check_classes(load_splits(recipe.data).classes, teacher, f"[teachers.{name}]")
     if recipe.cache and recipe.data.unlabeled and recipe.data.unlabeled.streaming:
         raise UserError('[teachers] mode = "cached" needs images that come again; a stream needs mode = "online"')
     splits, partition, size = check_data(recipe, accelerator)
@@ -239,16 +239,16 @@ def split_data(recipe: Recipe, splits: Splits) -> Split:
     return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name)
 
 
-def check_classes(splits: Splits, network: nn.Module, title: str) -> None:
+def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> None:
     """Refuse a network of other classes than the data's.
 
     Raises:
         UserError: naming the network and both lists.
     """
-    if network.classes != tuple(splits.classes):
+    if network.classes != tuple(classes):
         raise UserError(
             f"{title} knows the {len(network.classes)} classes {', '.join(network.classes)}; "
-            f"the data has the {len(splits.classes)} classes {', '.join(splits.classes)}; they must be the same"
+            f"the data has the {len(classes)} classes {', '.join(classes)}; they must be the same"
         )
 
 

@@ -65,6 +65,8 @@ def output_file(text: str) -> str:
 
 def output_folder(text: str) -> str:
     """Argparse type: a folder that is there or can be made, checked before hours are spent."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
     path = Path(text).resolve()
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not a folder")

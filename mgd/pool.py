@@ -59,7 +59,7 @@ def disagreements(networks: Sequence[Segmenter], images: Images, recipe: Recipe,
     """Score images by the share of pixels that two networks give different classes; called on all processes.
 
     Args:
-        networks: two, in eval mode, on the device; each sees an image at its own scale.
+        networks: two of the same classes, in eval mode, on the device; each sees an image at its own scale.
         images: the pool.
         recipe: its `[eval]` says how they predict.
         accelerator: device and processes.
@@ -68,11 +68,9 @@ def disagreements(networks: Sequence[Segmenter], images: Images, recipe: Recipe,
         `[N]` float32, 0 to 1.
 
     Raises:
-        UserError: they know other classes, or an image cannot be read or predicted.
+        UserError: an image cannot be read or predicted.
     """
     first, second = networks
-    if first.classes != second.classes:
-        raise UserError(f"--model: the two know other classes: {', '.join(first.classes)}; {', '.join(second.classes)}")
 
     def score(seen: list[Tensor], name: str) -> float:
         try:

@@ -1,11 +1,10 @@
 """Recipes: one TOML file a run, one frozen model a section, checked whole before anything starts.
 
-`python -m mgd.recipe FILE ...` checks recipes, `--schema` prints a JSON Schema for editors (mgd/schema.py).
+`python -m mgd.schema FILE ...` checks recipes, `--schema` prints a JSON Schema for editors (mgd/schema.py).
 """
 
 import dataclasses
 import functools
-import importlib
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -361,7 +360,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a NUL in the path, a huge integer
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    if any(text.startswith("partition.labeled_list=") for text in overrides) and isinstance(raw.get("partition"), dict):
+    listed = any(text.partition("=")[0].strip() == "partition.labeled_list" for text in overrides)
+    if listed and isinstance(raw.get("partition"), dict):
         raw["partition"].pop("labeled", None)  # no --set could, and lists leave it out
     for text in overrides:
         override(raw, text)
@@ -501,7 +501,3 @@ def _similar_files(path: Path) -> str:
         return f"; the folder {path.parent} does not exist"
     names = sorted(file.name for file in path.parent.glob("*.toml"))
     return f"; {did_you_mean(path.name, names)}" if names else ""
-
-
-if __name__ == "__main__":
-    importlib.import_module("mgd.schema").main()  # a module of its own, as the classes of __main__ are not ours

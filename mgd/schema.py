@@ -1,4 +1,4 @@
-"""The JSON Schema of recipes, and the command that checks them: `python -m mgd.recipe`."""
+"""The JSON Schema of recipes, and the command that checks them: `python -m mgd.schema`."""
 
 import argparse
 import json
@@ -67,7 +67,7 @@ def json_schema() -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the JSON Schema, or check the recipes that are named."""
-    parser = argparse.ArgumentParser(prog="python -m mgd.recipe", description="Check recipes, or print their schema.")
+    parser = argparse.ArgumentParser(prog="python -m mgd.schema", description="Check recipes, or print their schema.")
     parser.add_argument("recipes", nargs="*", help="recipes to check")
     parser.add_argument("--schema", action="store_true", help="print a JSON Schema for editors")
     parser.add_argument(
@@ -89,3 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             wrong += 1
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
     sys.exit(2 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

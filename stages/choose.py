@@ -11,13 +11,14 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
+import dataclasses  # noqa: E402
 import shlex  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import usable_images  # noqa: E402
+from mgd.checks import check_classes, usable_images  # noqa: E402
 from mgd.data.candidates import Candidates, find_candidates  # noqa: E402
-from mgd.data.lists import write_list  # noqa: E402
+from mgd.data.lists import check_ids, write_list  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.partitions import split  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
@@ -54,6 +55,8 @@ def main() -> None:
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     output = Path(args.output)
+    if len(set(args.model)) < len(args.model):
+        raise UserError(f"--model {args.model[0]} twice: a model does not disagree with itself")
     if len(args.model) not in MODELS[args.strategy]:
         fitting = " or ".join(map(str, MODELS[args.strategy]))
         raise UserError(f"--strategy {args.strategy} takes {fitting} --model, not {len(args.model)}")
@@ -63,10 +66,13 @@ def main() -> None:
     accelerator = cli.start(recipe)
     found = usable_images(find_candidates(recipe.data), accelerator)
     images, labeled = Images(found.images), Images(found.labeled)
+    check_ids([*images.ids, *labeled.ids])
     budget = labeled_amount(args.budget, len(images))
     if budget >= len(images):
-        raise UserError(f"--budget {args.budget}: there are {len(images)} images to choose from; choose fewer")
+        raise UserError(f"--budget {args.budget}: there is a choice among fewer than all {len(images)} images only")
     networks = [load_segmenter(name).eval().to(accelerator.device) for name in args.model]
+    for name, network in zip(args.model, networks, strict=True):
+        check_classes(recipe.data.class_names(), network, name)
     if args.strategy == "random":
         chosen = _draw(recipe, images, budget)
     else:
@@ -124,10 +130,17 @@ def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int) -> s
         lines.append(
             "before all are there, [partition] labeled = 1.0 trains on those that are; with all, the two lists:"
         )
+    elif len(found.labeled):
+        lines.append("their masks must be there, where the data set has its masks, before the two lists can be used:")
     if held_out:
         lines.append(f"{held_out} of all masks will be held out for evaluation ([data] val_share), in neither list")
     lists = {"protocol": "files", "labeled_list": output / "labeled.txt", "unlabeled_list": output / "unlabeled.txt"}
     sets = " ".join(f"--set {shlex.quote(f'partition.{key}={value}')}" for key, value in lists.items())
+    # Runs with other labels may stand under the recipe's own names, the models that chose among them.
+    recipe = dataclasses.replace(
+        recipe, overrides=tuple(text for text in recipe.overrides if not text.strip().startswith("partition."))
+    )
+    sets += f" --set {shlex.quote(f'run.output={recipe.run.output}/{output.name}')}"
     return "\n".join([*lines, f"{recipe.command} {sets}"])
 
 

@@ -47,7 +47,7 @@ def main() -> None:
     accelerator = cli.start(recipe)
     network = load_segmenter(folder).to(accelerator.device)
     splits = usable_val(load_splits(recipe.data), recipe.data, accelerator)
-    check_classes(splits, network, args.model)
+    check_classes(splits.classes, network, args.model)
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:

@@ -13,15 +13,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 
 import contextlib  # noqa: E402
 import shlex  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 from mgd import cli  # noqa: E402
 from mgd.errors import Stopped, UserError  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.runs import finished_metrics  # noqa: E402
+from mgd.runs import finished_metrics, needed_recipes, refuse_students  # noqa: E402
 
 STAGES = Path(__file__).resolve().parent
 
@@ -35,6 +38,7 @@ def main() -> None:
     flags.add_argument(
         "--launch",
         default=shlex.quote(sys.executable),
+        type=_words,
         metavar="COMMAND",
         help='what starts a stage, e.g. "accelerate launch --num_processes 4"; left out, one process',
     )
@@ -47,34 +51,52 @@ def main() -> None:
         for path in args.recipes:
             overrides = [*args.set, f"run.seed={seed}"]
             recipe = load(path, overrides)
-            if recipe.run_dir in cells:
-                other = cells[recipe.run_dir][0].source
+            if other := cells.get(recipe.run_dir.resolve()):
+                if (Path(path).resolve(), seed) == (Path(other[0].source).resolve(), other[0].run.seed):
+                    continue  # named twice
                 raise UserError(
-                    f"{path} and {other} both write {recipe.run_dir}; give each a [run] name of its own, with {{seed}}"
+                    f"{path}, seed {seed}, and {other[0].source}, seed {other[0].run.seed}, both write "
+                    f"{recipe.run_dir}; give each a [run] name of its own, with {{seed}}"
                 )
-            finished_metrics(recipe)
-            cells[recipe.run_dir] = (recipe, overrides)
+            refuse_students(recipe)
+            for needed in (recipe, *needed_recipes(recipe).values()):
+                finished_metrics(needed)
+            cells[recipe.run_dir.resolve()] = (recipe, overrides)
 
-    # ---- one cell after the other ----
-    failed: dict[Path, int] = {}
-    for number, (folder, (recipe, overrides)) in enumerate(cells.items(), 1):
-        if finished_metrics(recipe):
-            continue
-        print(f"[{number}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
-        status = run_stage(shlex.split(args.launch), recipe, overrides)
-        if status:
-            failed[folder] = status
-            print(f"note: {folder}: ended with status {status}; the others go on", flush=True)
+    # ---- one cell after the other; one that fails does not stop the others ----
+    rows, failed = [], []
+    for number, (recipe, overrides) in enumerate(cells.values(), 1):
+        try:
+            done = finished_metrics(recipe)
+            if not done:
+                print(f"[{number}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
+                status = run_stage(args.launch, recipe, overrides)
+                done = finished_metrics(recipe)
+                if not done:
+                    raise UserError(f"{recipe.run_dir}: ended with status {status} and left no result")
+        except UserError as error:
+            print(f"note: {error}", flush=True)
+            done = None
+            failed.append(recipe.run_dir.name)
+        rows.append(cli.result_row(done) if done else _empty_row(recipe))
 
     # ---- what came out ----
-    rows = []
-    for folder, (recipe, _) in cells.items():
-        done = None if folder in failed else finished_metrics(recipe)
-        rows.append(cli.result_row(done) if done else {"run": folder.name, "method": recipe.method.name})
     cli.print_rows(rows, args.json)
     if failed:
-        names = ", ".join(folder.name for folder in failed)
-        raise UserError(f"{len(failed)} of {len(cells)} did not finish: {names}; the same command tries them again")
+        raise UserError(
+            f"{len(failed)} of {len(cells)} did not finish: {', '.join(failed)}; the same command tries them again"
+        )
+
+
+def _words(text: str) -> list[str]:
+    """Argparse type: a command that can be started."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    if not words or not shutil.which(words[0]):
+        raise argparse.ArgumentTypeError(f"{text!r}: no such program")
+    return words
 
 
 def run_stage(launch: Sequence[str], recipe: Recipe, overrides: Sequence[str]) -> int:
@@ -86,34 +108,69 @@ def run_stage(launch: Sequence[str], recipe: Recipe, overrides: Sequence[str]) -
     stage = "distill" if recipe.teachers else "teacher_cps"
     sets = [part for override in overrides for part in ("--set", override)]
     command = [*launch, str(STAGES / f"{stage}.py"), "--recipe", recipe.source, *sets]
-    try:
-        # In a session of its own it gets a Ctrl-C once, from us.
-        process = subprocess.Popen(command, start_new_session=True)
-    except OSError as error:
-        raise UserError(f"--launch {command[0]}: cannot be started: {error.strerror}") from error
-    with passed_on(process) as received:
-        status = process.wait()
-    if received:
-        raise Stopped(received[0], f"{recipe.run_dir} is kept; the same command goes on from there")
+    with signals_for(child := Child()):
+        child.start(command)
+        status = child.wait()
+    if child.received:
+        kept = f"what {recipe.run_dir} holds is kept; " if recipe.run_dir.exists() else ""
+        raise Stopped(child.received[0], f"{kept}the same command goes on from there")
     return status
 
 
+class Child:
+    """A process in a session of its own, so that it gets a signal once: from us."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.process: subprocess.Popen | None = None
+
+    def start(self, command: Sequence[str]) -> None:
+        """Start it."""
+        self.process = subprocess.Popen(command, start_new_session=True)
+        if self.received:  # while it was being started
+            self._pass_on(self.received[0])
+
+    def tell(self, number: int, _: object = None) -> None:
+        """Pass a signal on to it and all that it started."""
+        self.received.append(number)
+        if self.process:
+            self._pass_on(number)
+
+    def wait(self) -> int:
+        """Return its exit status, once it has ended; after a signal, with all that it started."""
+        status = self.process.wait()
+        while self.received and self._pass_on(0):  # a launcher may end before its stage has kept a resume point
+            time.sleep(0.1)
+        return status
+
+    def _pass_on(self, number: int) -> bool:
+        if number == getattr(signal, "SIGHUP", None):
+            number = signal.SIGTERM  # upon which a stage keeps a resume point
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+
 @contextlib.contextmanager
-def passed_on(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Pass SIGINT and SIGTERM on to a process and all that it started; yields the list of those that came."""
-    received: list[int] = []
-
-    def tell(number: int, frame: object) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-
-    before = {number: signal.signal(number, tell) for number in (signal.SIGINT, signal.SIGTERM)}
+def signals_for(child: Child) -> Iterator[None]:
+    """Hand the signals that end a program to a child instead; one that is ignored (nohup) stays ignored."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, child.tell) for number in numbers}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _empty_row(recipe: Recipe) -> dict[str, Any]:
+    """The row of a cell that did not finish."""
+    unknown = dict.fromkeys(("num_labeled", "num_unlabeled", "miou"))
+    known = {"name": recipe.run_dir.name, "method": recipe.method.name, "backbone": recipe.student.backbone}
+    return cli.result_row({**unknown, **known, "seconds": 0}) | {"minutes": None}
 
 
 if __name__ == "__main__":

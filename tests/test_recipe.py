@@ -101,7 +101,7 @@ def test_labeled_amount():
 
 
 def test_schema_for_editors():
-    done = subprocess.run([sys.executable, "-m", "mgd.recipe", "--schema"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "mgd.schema", "--schema"], capture_output=True, text=True)
     schema = json.loads(done.stdout)
     assert schema == json.loads(json.dumps(json_schema()))
     assert {"run", "data", "partition", "student", "method", "optim"} <= set(schema["required"])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from mgd.benchmarks.timing import alternate, peak_memory, precision, ratio_row
 from mgd.data.cutmix import box_masks
@@ -167,6 +167,24 @@ def reference_step(
     return StepOutput(loss + config.image.weight * log["loss_image"] + config.region.weight * log["loss_region"], log)
 
 
+def flop_counter() -> FlopCounterMode:
+    """Return torch's counter of operations, forward and backward, that knows of grouped convolutions.
+
+    Its own formula takes the gradient of the weights of G groups for G times as dear as it is.
+    """
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    )
+
+
+def _convolution_backward_flops(
+    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, **_: Any
+) -> int:
+    """Each of the gradients that are asked for, of input and weights, takes what the forward pass took."""
+    *_, transposed, _, _, output_mask = rest
+    return conv_flop_count(x_shape, w_shape, grad_shape, transposed) * sum(output_mask[:2])
+
+
 def training_gmacs(recipe: Recipe, teachers: Mapping[str, ModelSection]) -> float:
     """Count the 10^9 multiply-accumulates of one training step, forward and backward, without computing them.
 
@@ -183,7 +201,7 @@ def training_gmacs(recipe: Recipe, teachers: Mapping[str, ModelSection]) -> floa
         networks = [Segmenter(section, classes, colors) for _, section in sections]
         frozen = {name: Segmenter(section, classes, colors) for name, section in teachers.items()}
     method = method_class(config, networks, frozen)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, flop_counter() as counter:
         for network in [*networks, *method.averages.values(), *frozen.values()]:
             network.to_empty(device="cpu")  # autocast, which the losses switch off, knows no meta device
         method.step({key: fake.from_tensor(value) for key, value in batch.items()}, 0).loss.backward()

@@ -8,6 +8,7 @@ import datasets
 
 from mgd.data.datasets import Folder, by_stem, table
 from mgd.data.stream import whole_pool
+from mgd.errors import UserError
 from mgd.recipe import DataSection
 
 
@@ -21,6 +22,8 @@ class Candidates:
     """Columns `id` and `image`: those that have a mask already, and keep it."""
     section: DataSection
     """The recipe's `[data]`."""
+    painted: tuple[str, ...] = ()
+    """Ids of all images of a folder that have a mask, readable or not: a share of these is held out."""
     masks: Path | None = None
     """Folder for the masks of what is chosen; None: they are there, or elsewhere."""
 
@@ -30,7 +33,7 @@ class Candidates:
         Of a folder without `val_root` a share of all masks is held out for evaluation; these stand in neither list.
         """
         with_mask = {*self.labeled["id"], *chosen}
-        held_out = self.section.held_out(with_mask) if self.masks else []
+        held_out = self.section.held_out({*self.painted, *chosen}) if self.masks else []
         pool = self.section.unlabeled
         more = whole_pool(pool)["id"] if pool and not pool.streaming else []
         unlabeled = {*self.images["id"], *more} - with_mask
@@ -46,9 +49,11 @@ def find_candidates(section: DataSection) -> Candidates:
     if isinstance(section, Folder):  # which may have no mask at all yet
         root = Path(section.root)
         images, masks = section.images(root), root / "masks"
+        if not images:
+            raise UserError(f"{root / 'images'} holds no image")
         painted = sorted(images.keys() & by_stem(masks).keys()) if masks.is_dir() else []
         if bare := sorted(images.keys() - set(painted)):
-            return Candidates(_rows(bare, images), _rows(painted, images), section, masks)
+            return Candidates(_rows(bare, images), _rows(painted, images), section, tuple(painted), masks)
     splits = section.load()
     everything = splits.labeled.select_columns(["id", "image"])
     if len(splits.unlabeled):

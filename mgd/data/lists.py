@@ -1,6 +1,6 @@
 """The public labelled / unlabelled lists of VOC and Cityscapes, and lists of one's own."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import pooch
@@ -80,15 +80,24 @@ def read_list(path: Path) -> list[str]:
     return entries
 
 
+def check_ids(ids: Iterable[str]) -> None:
+    """Check that `write_list` can write ids.
+
+    Raises:
+        UserError: some contain what a line cannot hold.
+    """
+    if wrong := [repr(name) for name in ids if _lines(name) != [name]]:
+        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(f"the id {listed} cannot stand on a line of a list; rename the image")
+
+
 def write_list(path: Path, ids: Sequence[str]) -> None:
     """Write a list that `read_list` reads as these ids.
 
     Raises:
-        UserError: an id that a line cannot hold, or a file that cannot be written.
+        UserError: see `check_ids`; or the file cannot be written.
     """
-    for name in ids:
-        if _lines(name) != [name]:
-            raise UserError(f"{path}: the id {name!r} cannot stand on a line; rename that image")
+    check_ids(ids)
     write_text(path, "".join(f"{name}\n" for name in ids))
 
 

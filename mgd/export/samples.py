@@ -23,7 +23,7 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
         UserError: the data is not there, or has other classes.
     """
     splits = load_splits(recipe.data)
-    check_classes(splits, model, "the model")
+    check_classes(splits.classes, model, "the model")
     partition = split_data(recipe, splits)
     ids = partition.unlabeled or partition.labeled
     ids = tuple(ids[index] for index in evenly(len(ids), count))

@@ -32,7 +32,7 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class PixelTerm(Section):
-    """`[method.pixel]`: cross-entropy against the teachers' hard labels, eq. 2."""
+    """`[method.pixel]`: cross-entropy against the teachers' labels, eq. 2."""
 
     teachers: tuple[str, ...] = ()
     """Names of teachers; empty switches the term off."""

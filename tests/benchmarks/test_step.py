@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import TINY
+from torch import nn
 
-from mgd.benchmarks.step import _network, random_batch, reference_step, suite
+from mgd.benchmarks.step import _network, flop_counter, random_batch, reference_step, suite
 from mgd.benchmarks.timing import peak_memory
 from mgd.errors import UserError
 from mgd.methods.mgd import MGD
@@ -41,6 +42,16 @@ def test_same_losses_and_gradients(recipe, sections):
     gradients = [torch.autograd.grad(out.loss, student.parameters(), allow_unused=True) for out in (reference, ours)]
     for first, second in zip(*gradients, strict=True):
         assert first is None and second is None or torch.allclose(first, second, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "weights"), [(1, 8 * 8 * 9), (8, 8 * 9)])
+def test_a_convolution_and_its_gradients_by_hand(groups, weights):
+    first, second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+    with flop_counter() as counter:
+        second(first(torch.rand(2, 3, 5, 7))).sum().backward()
+    pixels = 2 * 5 * 7
+    # forward, gradient of the weights and, but for the image, of the input
+    assert counter.get_total_flops() == 2 * pixels * (2 * 3 * 8 + 3 * weights)
 
 
 def test_rows_of_the_suite(recipe, sections):

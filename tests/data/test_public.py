@@ -225,7 +225,7 @@ def test_a_written_list_reads_as_its_ids(tmp_path):
     write_list(tmp_path / "l.txt", ids)
     assert read_list(tmp_path / "l.txt") == ids
     for odd in ("a\tb", "a\nb", " a", "a\u2028b"):
-        with pytest.raises(UserError, match="cannot stand on a line; rename that image"):
+        with pytest.raises(UserError, match="cannot stand on a line of a list; rename the image"):
             write_list(tmp_path / "odd.txt", ["a", odd])
     assert not (tmp_path / "odd.txt").exists()
 

@@ -146,7 +146,7 @@ def test_disagreement_chooses_among_the_most_disputed(write_recipe, choose, tmp_
     assert choose(recipe.source, "two", 2, *options, tmp_path / "1")[0] == 0
     assert set(lists(tmp_path / "two")[0]) < set(ranked[:8])
     status, _, error = choose(recipe.source, "other", 1, *options, tmp_path / "2")
-    assert status == 2 and "the two know other classes" in error
+    assert status == 2 and "they must be the same" in error
 
 
 @pytest.mark.slow
@@ -203,12 +203,28 @@ def test_what_cannot_be_read_is_named_or_left_out(photos, choose, tmp_path):
     assert "note: 1 image(s) skipped" in out and "photo 01" not in "".join(map(str, lists(tmp_path / "picks")))
 
 
+def test_what_has_a_mask_but_cannot_be_read_counts_when_some_are_held_out(photos, choose, train, tmp_path):
+    root, write = photos
+    (tmp_path / "before").mkdir()
+    names = [path for path in sorted((root / "images").glob("*.png"))][:7]
+    lines = [f"{path}\t{root / 'masks' / path.name}\n" for path in names]
+    (tmp_path / "before" / "selected.txt").write_text("".join(lines))
+    paint(tmp_path / "before")
+    names[0].write_bytes(b"\x89PNG cut short")
+    recipe = write(on_error="skip", val_share=0.2)
+    status, out, error = choose(recipe, "picks", 6)
+    assert status == 0 and "3 of all masks will be held out" in out, error
+    paint(tmp_path / "picks")
+    assert train(recipe, "picks") == (0, "")
+
+
 def test_bad_input_is_one_line(write_recipe, photos, choose, tmp_path):
     recipe = write_recipe()
     for arguments, message in (
-        (("12",), "--budget 12: there are 12 images to choose from; choose fewer"),
-        (("1.0",), "--budget 1.0: there are 12 images"),
+        (("12",), "--budget 12: there is a choice among fewer than all 12 images only"),
+        (("1.0",), "--budget 1.0: there is a choice among fewer than all 12 images"),
         (("4", "--strategy", "disagreement"), "--strategy disagreement takes 2 --model, not 0"),
+        (("4", "--strategy", "disagreement", "--model", "x", "x"), "--model x twice"),
         (("4", "--strategy", "random", "--model", "x"), "--strategy random takes 0 --model, not 1"),
         (("4", "--model", tmp_path), "expected a run, a model folder or a hub id"),
         (("0",), "0 is no count of images"),

@@ -47,11 +47,13 @@ def test_every_cell_is_run_once(cells, tmp_path, capsys):
 
 def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
     with hold(tmp_path / "runs" / "alone-s1"):
-        result = run_stage("sweep.py", cells[0], "--seeds", "1", "0", "--set", "optim.steps=2")
+        result = run_stage("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
     assert result.returncode == 2 and "alone-s1" in result.stderr.splitlines()[-1]
     assert "1 of 2 did not finish" in result.stderr and "Traceback" not in result.stderr
     assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
-    assert result.stdout.splitlines()[-1].startswith("| alone-s0 ")
+    first, last = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-2:])
+    assert first[0].strip() == "alone-s0" and float(first[5]) >= 0
+    assert last[0].strip() == "alone-s1" and last[5].strip() == "-"
 
 
 def test_a_signal_stops_the_cell_that_is_running_and_the_same_command_goes_on(cells, tmp_path):
@@ -63,7 +65,7 @@ def test_a_signal_stops_the_cell_that_is_running_and_the_same_command_goes_on(ce
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM and not second.exists()
-    assert "alone-s0 is kept; the same command goes on" in errors.splitlines()[-1]
+    assert "alone-s0 holds is kept; the same command goes on" in errors.splitlines()[-1]
     assert (first / "checkpoint" / "state.safetensors").exists() and not (first / "metrics.json").exists()
 
 
@@ -72,10 +74,17 @@ def test_a_signal_stops_the_cell_that_is_running_and_the_same_command_goes_on(ce
     [
         (["--set", "run.name=same"], "give each a [run] name of its own, with {seed}"),
         (["--set", "optim.lr=fast"], "[optim] lr"),
-        (["--launch", "no-such-launcher"], "--launch no-such-launcher: cannot be started"),
+        (["--launch", "'open"], 'argument --launch: "\'open": No closing quotation'),
+        (["--launch", "no-such-launcher"], "argument --launch: 'no-such-launcher': no such program"),
     ],
 )
 def test_bad_input_gets_one_line(cells, tmp_path, capsys, more, message):
     status, _, err = call_stage(capsys, "sweep.py", cells[0], "--seeds", "0", "1", *more)
     assert status == 2 and message in err and "Traceback" not in err
     assert not list(tmp_path.glob("runs/*/metrics.json"))
+
+
+def test_a_launcher_that_leaves_nothing_and_a_cell_named_twice(cells, tmp_path, capsys):
+    status, out, err = call_stage(capsys, "sweep.py", cells[0], cells[0], "--launch", "true")
+    assert status == 2 and "[1/1]" in out and "ended with status 0 and left no result" in out
+    assert "1 of 1 did not finish: alone-s0" in err
