@@ -110,6 +110,12 @@ def call_stage(capsys, stage: str, *args: object) -> tuple[int, str, str]:
     return status, out, err
 
 
+@pytest.fixture
+def run_here(capsys):
+    """Run a stage like `run_stage`, but in this process: for tests that need no process of their own."""
+    return lambda stage, *args: subprocess.CompletedProcess([stage, *args], *call_stage(capsys, stage, *args))
+
+
 def steps_done(folder: Path) -> int:
     """Steps that a run's log has, also while it is written."""
     try:

@@ -182,11 +182,11 @@ def trees(tmp_path, monkeypatch):
         (tmp_path / f"{letter}_unlabeled.txt").write_text("".join(f"{letter}{index}\n" for index in (2, 3, 4)))
 
 
-FAMILIES = [
-    *(f"voc_mbv2_1-8{method}" for method in ("", "_supervised", "_mean_teacher", "_cps", "_kd", "_cwd")),
-    *("city_mbv2_1-8", "city_mbv2_1-8_cps", "city_r18_1-8", "voc_pseudoseg_r18_1-8", "voc_r101_1-8"),
-    *("voc_r18_1-8_teachers_deep_deep", "voc_r18_1-8_losses_labeled", "voc_r18_1-8_grid_3"),
-]
+LIGHT = [f"voc_mbv2_1-8{method}" for method in ("", "_supervised", "_mean_teacher", "_cps", "_kd", "_cwd")]
+LIGHT += ["city_mbv2_1-8", "voc_r18_1-8_losses_labeled"]
+HEAVY = ["city_mbv2_1-8_cps", "city_r18_1-8", "voc_pseudoseg_r18_1-8", "voc_r101_1-8", "voc_r18_1-8_grid_3"]
+HEAVY += ["voc_r18_1-8_teachers_deep_deep"]
+FAMILIES = [*LIGHT, *(pytest.param(name, marks=pytest.mark.slow) for name in HEAVY)]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 import tomli_w
 from accelerate import Accelerator
-from conftest import ROOT, run_stage
+from conftest import ROOT
 
 from mgd.checks import load_splits
 from mgd.data.loaders import Images
@@ -157,7 +157,7 @@ def test_teachers_and_baselines_keep_their_reference():
     assert [recipe.reference for recipe in needed_recipes(changed).values()] == [None, None]
 
 
-def test_report_stage_and_best_beside_last(write_recipe, tmp_path):
+def test_report_stage_and_best_beside_last(write_recipe, tmp_path, run_here):
     for name in ("supervised", "cps"):
         path = write_recipe(
             run={"name": f"{name}-s{{seed}}"}, method={"name": name}, eval={"every": 1}, optim={"lr": 0.05}
@@ -173,7 +173,7 @@ def test_report_stage_and_best_beside_last(write_recipe, tmp_path):
         images = Images(splits.val, splits.decoder, 1.0)
         again = evaluate_network(load_segmenter(folder / "best"), images, recipe, Accelerator(cpu=True))
         assert again.miou == metrics["best_on_val"]["miou"]
-    done = run_stage("report.py", tmp_path / "runs", "--output", tmp_path / "out", "--json", tmp_path / "out.json")
+    done = run_here("report.py", tmp_path / "runs", "--output", tmp_path / "out", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())
     assert {row["run"] for row in rows} == {"supervised", "cps"}

@@ -7,6 +7,7 @@ from mgd.recipe import parse_model
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
 
+@pytest.mark.slow
 def test_students_are_listed_with_what_fits(monkeypatch):
     heads = {name: inference.HEADS[name] for name in ("dense, width 256", "lraspp")}
     monkeypatch.setattr(inference, "HEADS", heads)

@@ -38,8 +38,8 @@ def test_two_processes_write_what_one_does(write_recipe, tmp_path):
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
 
 
-def test_online_teachers_have_no_cache(write_recipe, tmp_path):
-    done = run_stage("cache_teachers.py", "--recipe", recipe_of(write_recipe, tmp_path, mode="online"))
+def test_online_teachers_have_no_cache(write_recipe, tmp_path, run_here):
+    done = run_here("cache_teachers.py", "--recipe", recipe_of(write_recipe, tmp_path, mode="online"))
     assert done.returncode == 2 and "error: " in done.stderr and "--set teachers.mode=cached" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import tomli_w
 from accelerate import Accelerator
-from conftest import TINY, run_stage
+from conftest import TINY
 
 from mgd.experiment import run_recipe
 from mgd.recipe import load
@@ -26,7 +26,7 @@ def make_folder(root, classes, random):
         PIL.Image.fromarray(mask).save(root / "masks" / f"{index}.png")
 
 
-def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path):
+def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path, run_here):
     random = np.random.default_rng(0)
     make_folder(tmp_path / "train", [0, 1, 2], random)
     make_folder(tmp_path / "val", [0, 1], random)
@@ -37,7 +37,7 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path)
     path = tmp_path / "folder.toml"
     path.write_text(tomli_w.dumps(TINY | {"run": run, "data": data, "optim": optim}))
     run_recipe(load(path), Accelerator(cpu=True))
-    scored = run_stage(
+    scored = run_here(
         *("evaluate.py", "--model", tmp_path / "runs" / "tiny", "--set", "eval.mode=slide"),
         *("--save-predictions", tmp_path / "out", "--json", tmp_path / "e.json"),
     )

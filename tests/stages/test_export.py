@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from accelerate import Accelerator
-from conftest import call_stage, run_stage
+from conftest import call_stage
 
 from mgd.experiment import run_recipe
 from mgd.recipe import load
@@ -26,10 +26,10 @@ def run(tmp_path_factory):
     return recipe.run_dir
 
 
-def test_a_run_becomes_a_file_that_runs_without_us(run):
+def test_a_run_becomes_a_file_that_runs_without_us(run, run_here):
     import onnxruntime
 
-    ran = run_stage("export.py", "--model", run, "--format", "onnx", "--size", "48x64", "--bake", "--samples", 4)
+    ran = run_here("export.py", "--model", run, "--format", "onnx", "--size", "48x64", "--bake", "--samples", 4)
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr
     path = run / "export" / "model-48x64-baked.onnx"

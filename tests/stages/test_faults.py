@@ -55,10 +55,10 @@ def recipes(write_recipe, steps, **changes):
     return [write_recipe(f"{name}.toml", run={"name": name, **run}, **common) for name in ("whole", "killed")]
 
 
-def test_killed_stopped_and_started_again_ends_with_the_same_bits(write_recipe, tmp_path):
+def test_killed_stopped_and_started_again_ends_with_the_same_bits(write_recipe, tmp_path, run_here):
     whole, killed = recipes(write_recipe, 16, method={"name": "cps"})
     folder, errors = tmp_path / "runs" / "killed", tmp_path / "errors"
-    assert run_stage("teacher_cps.py", "--recipe", whole).returncode == 0
+    assert run_here("teacher_cps.py", "--recipe", whole).returncode == 0
     kill_at(start("teacher_cps.py", killed, errors), folder, 5, signal.SIGKILL, while_writing=True)
     assert not (folder / "metrics.json").exists()
     process = start("teacher_cps.py", killed, errors)
@@ -68,7 +68,7 @@ def test_killed_stopped_and_started_again_ends_with_the_same_bits(write_recipe, 
     (line,) = errors.read_text().splitlines()
     assert line.startswith("error: stopped by SIGTERM; step ") and "of 16 is kept" in line
     reached = int(line.split("step ")[1].split()[0])
-    again = run_stage("teacher_cps.py", "--recipe", killed)
+    again = run_here("teacher_cps.py", "--recipe", killed)
     assert again.returncode == 0 and f"goes on at step {reached}" in again.stdout
     same_run(tmp_path / "runs" / "whole", folder)
 
@@ -117,6 +117,7 @@ def test_twenty_kills(write_recipe, tmp_path, method):
     same_run(tmp_path / "runs" / "whole", folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_resume_point_stays(write_recipe, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -2,7 +2,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import call_stage, run_stage
+from conftest import call_stage
 from safetensors.torch import load_file
 
 from mgd.models.segmenter import build_segmenter, load_segmenter
@@ -21,7 +21,7 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-def test_every_kind_of_image_and_what_cannot_be_read(tmp_path, model):
+def test_every_kind_of_image_and_what_cannot_be_read(tmp_path, model, run_here):
     source, random = tmp_path / "in", np.random.default_rng(0)
     (source / "deep").mkdir(parents=True)
     for name, size, mode in (
@@ -36,7 +36,7 @@ def test_every_kind_of_image_and_what_cannot_be_read(tmp_path, model):
     (source / "torn.png").write_bytes((source / "a.png").read_bytes()[:90])
     (source / "note.txt").write_text("no image")
     kinds = ("masks", "colors", "overlays", "probabilities")
-    ran = run_stage("predict.py", "--model", model, "--input", source, "--output", tmp_path / "out", "--save", *kinds)
+    ran = run_here("predict.py", "--model", model, "--input", source, "--output", tmp_path / "out", "--save", *kinds)
     assert ran.returncode == 0, ran.stderr
     assert "of 5 images; 1 could not be read" in ran.stdout
     assert "note: " in ran.stderr and "torn.png cannot be read" in ran.stderr and "Traceback" not in ran.stderr

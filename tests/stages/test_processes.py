@@ -149,6 +149,7 @@ def test_uneven_shards_of_a_stream_do_not_hang_two_processes(write_recipe, tmp_p
     assert "a stream of 44 unlabelled" in done.stdout and "2 process(es)" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_brings_the_job_down_with_its_error(write_recipe, tmp_path):
     """A file vanishes after the check, and the process that meets it says so; the other does not hang."""
     probe = tmp_path / "sitecustomize.py"

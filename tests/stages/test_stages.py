@@ -52,8 +52,8 @@ def mgd_recipe(write_recipe, tmp_path):
     )
 
 
-def test_the_main_job(mgd_recipe, tmp_path):
-    refused = run_stage("distill.py", "--recipe", mgd_recipe, "--no-train-teachers")
+def test_the_main_job(mgd_recipe, tmp_path, run_here):
+    refused = run_here("distill.py", "--recipe", mgd_recipe, "--no-train-teachers")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "[teachers.deep] is not trained: accelerate launch stages/teacher_cps.py --recipe" in refused.stderr
     assert not (tmp_path / "runs").exists()
@@ -79,7 +79,7 @@ def test_the_main_job(mgd_recipe, tmp_path):
     with PIL.Image.open(run / "overlays.png") as picture:
         assert picture.width > 900
 
-    again = run_stage("distill.py", "--recipe", mgd_recipe)
+    again = run_here("distill.py", "--recipe", mgd_recipe)
     assert again.returncode == 0 and "finished, mIoU" in again.stdout
 
     # A stage started inside stages/ must not find its own evaluate.py in place of the package.
@@ -112,12 +112,12 @@ def test_no_stage_hides_the_evaluate_package(start, tmp_path):
     assert origin.endswith(os.path.join("evaluate", "__init__.py"))
 
 
-def test_bad_input_is_one_line(write_recipe, tmp_path):
+def test_bad_input_is_one_line(write_recipe, tmp_path, run_here):
     recipe = write_recipe(data={"name": "camvid", "root": str(tmp_path / "nowhere")})
     text = recipe.read_text()
     for key in ("num_train", "num_val", "size"):
         text = "\n".join(line for line in text.splitlines() if not line.startswith(f"{key} ="))
     recipe.write_text(text)
-    done = run_stage("teacher_cps.py", "--recipe", recipe)
+    done = run_here("teacher_cps.py", "--recipe", recipe)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert done.stderr.startswith("error: [data] root: the folder") and not (tmp_path / "runs").exists()

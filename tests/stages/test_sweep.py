@@ -30,9 +30,8 @@ def cells(write_recipe, tmp_path):
 
 def test_every_cell_is_run_once(cells, tmp_path, capsys):
     table = tmp_path / "table.json"
-    launcher = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1"
-    first = run_stage("sweep.py", *cells, "--seeds", "0", "--json", table, "--launch", launcher)
-    assert first.returncode == 0, first.stderr
+    status, _, err = call_stage(capsys, "sweep.py", *cells, "--seeds", "0", "--json", table)
+    assert status == 0, err
     assert [row["run"] for row in json.loads(table.read_text())] == ["alone-s0", "under-s0"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.json")}
     assert {path.parent.name for path in written} == {"alone-s0", "under-s0", "teacher-s0"}
@@ -45,9 +44,9 @@ def test_every_cell_is_run_once(cells, tmp_path, capsys):
         assert row["val mIoU %"] == json.loads((tmp_path / "runs" / row["run"] / "metrics.json").read_text())["miou"]
 
 
-def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
+def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path, run_here):
     with hold(tmp_path / "runs" / "alone-s1"):
-        result = run_stage("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
+        result = run_here("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
     assert result.returncode == 2 and "alone-s1" in result.stderr.splitlines()[-1]
     assert "1 of 2 did not finish" in result.stderr and "Traceback" not in result.stderr
     assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
@@ -56,6 +55,7 @@ def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
     assert last[0].strip() == "alone-s1" and last[5].strip() == "-"
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_cell_that_is_running_and_the_same_command_goes_on(cells, tmp_path):
     arguments = (cells[0], "--seeds", "0", "1", "--set", "optim.steps=400", "--set", "run.checkpoint_every=1000")
     first, second = (tmp_path / "runs" / f"alone-s{seed}" for seed in (0, 1))
@@ -88,3 +88,11 @@ def test_a_launcher_that_leaves_nothing_and_a_cell_named_twice(cells, tmp_path, 
     status, out, err = call_stage(capsys, "sweep.py", cells[0], cells[0], "--launch", "true")
     assert status == 2 and "[1/1]" in out and "ended with status 0 and left no result" in out
     assert "1 of 1 did not finish: alone-s0" in err
+
+
+@pytest.mark.slow
+def test_the_launcher_is_asked(cells, tmp_path):
+    launcher = f"{sys.executable} -m accelerate.commands.launch --cpu --num_processes 1"
+    result = run_stage("sweep.py", cells[0], "--launch", launcher)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
