@@ -55,7 +55,9 @@ def exporter(name):
     "name, kind",
     [
         *((name, kind) for name in ("onnx", "torch_export") for kind in ("plain", "dynamic", "baked")),
-        *((name, kind) for name in ("openvino", "executorch", "litert") for kind in ("dynamic", "baked")),
+        *((name, kind) for name in ("executorch", "litert") for kind in ("dynamic", "baked")),
+        ("openvino", "baked"),
+        pytest.param("openvino", "dynamic", marks=pytest.mark.slow),
     ],
 )
 def test_file_does_what_the_network_does(tmp_path, name, kind):
