@@ -26,7 +26,7 @@ from mgd.data.targets import (
     write_shard,
 )
 from mgd.data.transforms import IGNORE_INDEX
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.files import read_json, write_json
 from mgd.inference import views
 from mgd.losses.mgd import self_correlation
@@ -282,9 +282,8 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: st
                 'use smaller [cache] scales, or [teachers] mode = "online"'
             ) from error
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"{title} cannot see the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels: {reason}; "
+                f"{title} cannot see the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels: {one_line(error)}; "
                 'use [teachers] mode = "online"'
             ) from error
         maps = [value.flip(-1) if mirrored else value for value in seen]

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.files import write_aside
 
 FILE = "state.safetensors"
@@ -73,9 +73,7 @@ def load_checkpoint(
             state.setdefault(int(index), {})[name] = _laid_out(value, parameters[int(index)])
         optimizer.load_state_dict({"state": state, "param_groups": header["param_groups"]})
     except (SafetensorError, OSError, KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be resumed from: {' '.join(str(error).split())[:200]}; start over with --restart"
-        ) from error
+        raise UserError(f"{path} cannot be resumed from: {one_line(error)}; start over with --restart") from error
     return header["progress"]
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgd.models.segmenter import Segmenter
+from mgd.models.segmenter import nameless_segmenter
 from mgd.recipe import ModelSection
 
 
@@ -51,7 +51,7 @@ def model_costs(section: ModelSection, num_classes: int, size: int) -> dict[str,
         size: side of the square image, pixels.
     """
     with torch.device("meta"):
-        model = Segmenter(section, [str(k) for k in range(num_classes)], [(0, 0, 0)] * num_classes)
+        model = nameless_segmenter(section, num_classes)
         image = torch.empty(1, 3, size, size)
     backbone, total = count(model.backbone, image), count(model, image)
     head = Cost(*(whole - part for whole, part in zip(total, backbone, strict=True)))

@@ -9,6 +9,7 @@ import gradio as gr
 import numpy as np
 import PIL.Image
 
+from mgd.errors import one_line
 from mgd.models.segmenter import Segmenter
 from mgd.pictures import UNREADABLE, decode, to_rgb
 from mgd.plots import overlay
@@ -110,5 +111,5 @@ def legend(network: Segmenter) -> str:
 
 
 def _refusal(what: str, reason: str) -> gr.Error:
-    text = html.escape(f"{what}: {' '.join(reason.split())[:200]}")
+    text = html.escape(f"{what}: {one_line(reason)}")
     return gr.Error(text, duration=None, print_exception=False)

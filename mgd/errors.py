@@ -31,6 +31,11 @@ class Stopped(BaseException):
         self.number = number
 
 
+def one_line(error: object, limit: int = 200) -> str:
+    """Return what another library's error says as one line of at most `limit` characters; its type if it is silent."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def did_you_mean(value: object, choices: Iterable[str]) -> str:
     """Return "did you mean 'x'? choices: a, b, c" (the first part only when something is close)."""
     choices = [str(choice) for choice in choices]

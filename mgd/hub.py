@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from mgd.complexity import model_costs
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.files import read_json, write_aside, write_json, write_text
 from mgd.models.card import TAGS, assembled, front_matter, hex_color, plain, usage
 from mgd.models.segmenter import Segmenter, load_segmenter
@@ -266,7 +266,7 @@ def _upload(folder: Path, repo: str, private: bool, message: str) -> str:
 def _reason(error: Exception, endpoint: str) -> str:
     """Word what the hub, its library or the network has against a push, with the way out."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    detail = " ".join(str(error).split())[:300]
+    detail = one_line(error, 300)
     if status == 401:
         reason = f"{endpoint} does not know you; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
     elif status == 403:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mgd.data.loaders import Images, read_each
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.inference import predict
 from mgd.models.segmenter import Segmenter, build_segmenter
 from mgd.pictures import rescale, to_tensor
@@ -28,7 +28,8 @@ def untrained(recipe: Recipe, accelerator: Accelerator) -> Segmenter:
     if not recipe.student.pretrained:
         accelerator.print("note: [student] pretrained = false: a backbone of random weights sees little; give --model")
     classes = recipe.data.class_names()
-    network = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), recipe.run.seed)
+    with accelerator.main_process_first():  # one of them fetches the ImageNet weights
+        network = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), recipe.run.seed)
     return network.eval().to(accelerator.device)
 
 
@@ -81,8 +82,7 @@ def disagreements(networks: Sequence[Segmenter], images: Images, recipe: Recipe,
                 )
             )
         except (RuntimeError, AssertionError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{name} cannot be predicted: {reason}; try --set eval.mode=slide") from error
+            raise UserError(f"{name} cannot be predicted: {one_line(error)}; try --set eval.mode=slide") from error
 
     scaled = functools.partial(_scaled, factors=[network.image_scale for network in networks])
     return torch.tensor(_of_each(images, range(len(images)), scaled, score, recipe, accelerator))

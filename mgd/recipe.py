@@ -307,9 +307,14 @@ class Recipe:
         return bool(self.teachers) or len(self.networks) > 1
 
     @property
+    def stage(self) -> str:
+        """Name of the stage that trains it."""
+        return "distill" if self.teachers else "teacher_cps"
+
+    @property
     def command(self) -> str:
         """The command that runs this recipe as it stands, overrides included."""
-        return self.command_of("distill" if self.teachers else "teacher_cps")
+        return self.command_of(self.stage)
 
     def command_of(self, stage: str) -> str:
         """Return the command of another stage for this recipe as it stands."""

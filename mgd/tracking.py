@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.files import write_text
 from mgd.recipe import Recipe
 from mgd.tables import flatten
@@ -86,7 +86,7 @@ def _harmless(accelerator: Accelerator) -> Iterator[None]:
         yield
     except Exception as error:
         accelerator.trackers.clear()
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(f"{type(error).__name__}: {error}")
         accelerator.print(f"note: the tracker failed ({reason}); the run goes on without it", flush=True)
 
 

@@ -31,7 +31,7 @@ SIZES = {
 }
 COSTS = {
     "full": "Val mIoU and cost: not measured; a GPU is meant",
-    "half": "Val mIoU and cost: recipes/camvid/report.md, one CPU core",
+    "half": "Val mIoU and cost, where measured: recipes/camvid/report.md, one CPU core",
 }
 # Optimiser, rate and OHEM were chosen once, for the supervised lite0 student with 300 steps and a seed that no table
 # shows (10; val mIoU: SGD 0.014 38.4, AdamW 1e-3 41.5, 3e-3 42.3, 2e-3 with OHEM 43.5); all methods have the same.

@@ -24,7 +24,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
+from mgd.errors import UserError, one_line  # noqa: E402
 from mgd.files import write_aside, write_json  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.segmenter import enlarge, find_model, load_segmenter  # noqa: E402
@@ -70,8 +70,7 @@ def main() -> None:
             try:
                 scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
             except (RuntimeError, AssertionError, ValueError) as error:
-                reason = " ".join(str(error).split())[:160]
-                unreadable += [f"{name} cannot be predicted whole: {reason}" for name, _ in group]
+                unreadable += [f"{name} cannot be predicted whole: {one_line(error)}" for name, _ in group]
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])
             for (name, picture), one in zip(group, scores, strict=True):

@@ -105,15 +105,14 @@ def run_stage(launch: Sequence[str], recipe: Recipe, overrides: Sequence[str]) -
     Raises:
         Stopped: a signal came; the stage has been told and has ended.
     """
-    stage = "distill" if recipe.teachers else "teacher_cps"
     sets = [part for override in overrides for part in ("--set", override)]
-    command = [*launch, str(STAGES / f"{stage}.py"), "--recipe", recipe.source, *sets]
+    command = [*launch, str(STAGES / f"{recipe.stage}.py"), "--recipe", recipe.source, *sets]
     with signals_for(child := Child()):
         child.start(command)
         status = child.wait()
     if child.received:
         kept = f"what {recipe.run_dir} holds is kept; " if recipe.run_dir.exists() else ""
-        raise Stopped(child.received[0], f"{kept}the same command goes on from there")
+        raise Stopped(child.received, f"{kept}the same command goes on from there")
     return status
 
 
@@ -121,18 +120,18 @@ class Child:
     """A process in a session of its own, so that it gets a signal once: from us."""
 
     def __init__(self) -> None:
-        self.received: list[int] = []
+        self.received: int | None = None
         self.process: subprocess.Popen | None = None
 
     def start(self, command: Sequence[str]) -> None:
         """Start it."""
         self.process = subprocess.Popen(command, start_new_session=True)
         if self.received:  # while it was being started
-            self._pass_on(self.received[0])
+            self._pass_on(self.received)
 
     def tell(self, number: int, _: object = None) -> None:
         """Pass a signal on to it and all that it started."""
-        self.received.append(number)
+        self.received = number
         if self.process:
             self._pass_on(number)
 

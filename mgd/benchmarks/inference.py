@@ -17,7 +17,7 @@ from mgd.errors import UserError
 from mgd.export.base import Deployed, Int8, Target
 from mgd.export.onnx import OnnxExporter
 from mgd.export.verify import latency
-from mgd.models.segmenter import Segmenter
+from mgd.models.segmenter import Segmenter, nameless_segmenter
 from mgd.recipe import ModelSection, parse_model
 
 BACKBONES = (
@@ -121,7 +121,7 @@ def students(
 
 def _network(section: ModelSection, num_classes: int) -> Segmenter:
     torch.manual_seed(0)
-    return Segmenter(section, [str(index) for index in range(num_classes)], [(0, 0, 0)] * num_classes)
+    return nameless_segmenter(section, num_classes)
 
 
 def _runner(

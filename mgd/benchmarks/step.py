@@ -21,7 +21,7 @@ from mgd.data.cutmix import box_masks
 from mgd.errors import UserError
 from mgd.methods.base import StepOutput
 from mgd.methods.mgd import MGD, MGDConfig
-from mgd.models.segmenter import Segmenter, SegOutput
+from mgd.models.segmenter import Segmenter, SegOutput, nameless_segmenter
 from mgd.recipe import ModelSection, Recipe, TeacherCache
 from mgd.registry import METHODS
 
@@ -55,13 +55,14 @@ def suite(
     """
     if not isinstance(recipe.method, MGDConfig):
         raise UserError(f"{recipe.source}: the step suite needs [method] name = 'mgd', not {recipe.method.name!r}")
-    classes = recipe.data.class_names()
-    student = _network(recipe.student, classes, 0, device)
+    num_classes = len(recipe.data.class_names())
+    student = _network(recipe.student, num_classes, 0, device)
     frozen = {
-        name: _network(section, classes, 1 + index, device) for index, (name, section) in enumerate(teachers.items())
+        name: _network(section, num_classes, 1 + index, device)
+        for index, (name, section) in enumerate(teachers.items())
     }
     plain_student, plain_teachers = _nchw(student), {name: _nchw(teacher) for name, teacher in frozen.items()}
-    batch = random_batch(batch_size, recipe.data.crop, len(classes), device)
+    batch = random_batch(batch_size, recipe.data.crop, num_classes, device)
     for network in [student, *frozen.values()] if compiled else ():
         network.compile(dynamic=False)
 
@@ -192,14 +193,13 @@ def training_gmacs(recipe: Recipe, teachers: Mapping[str, ModelSection]) -> floa
         recipe: its method, networks, crop and batch.
         teachers: the sections of its frozen teachers by name, which are asked in every step.
     """
-    classes, method_class = recipe.data.class_names(), METHODS.get(recipe.method.name)
-    colors = [(0, 0, 0)] * len(classes)
-    batch = random_batch(recipe.optim.batch_size, recipe.data.crop, len(classes), torch.device("cpu"))
+    num_classes, method_class = len(recipe.data.class_names()), METHODS.get(recipe.method.name)
+    batch = random_batch(recipe.optim.batch_size, recipe.data.crop, num_classes, torch.device("cpu"))
     config = recipe.method.model_copy(update={"ohem": None})  # hard pixels cannot be told without values
     with torch.device("meta"):
         sections = method_class.sections(config, recipe.student)
-        networks = [Segmenter(section, classes, colors) for _, section in sections]
-        frozen = {name: Segmenter(section, classes, colors) for name, section in teachers.items()}
+        networks = [nameless_segmenter(section, num_classes) for _, section in sections]
+        frozen = {name: nameless_segmenter(section, num_classes) for name, section in teachers.items()}
     method = method_class(config, networks, frozen)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, flop_counter() as counter:
         for network in [*networks, *method.averages.values(), *frozen.values()]:
@@ -244,9 +244,9 @@ def random_batch(size: int, crop: int, num_classes: int, device: torch.device) -
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _network(section: ModelSection, classes: tuple[str, ...], seed: int, device: torch.device) -> Segmenter:
+def _network(section: ModelSection, num_classes: int, seed: int, device: torch.device) -> Segmenter:
     torch.manual_seed(seed)
-    network = Segmenter(section, classes, [(0, 0, 0)] * len(classes))
+    network = nameless_segmenter(section, num_classes)
     return network.to(device, memory_format=torch.channels_last).eval()
 
 

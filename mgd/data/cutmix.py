@@ -48,9 +48,9 @@ def mix(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
     Args:
         first: `[B, C, H, W]`, or classes `[B, H, W]`.
         second: of the same shape.
-        mask: `[B, 1, H, W]` bool, or `[B, H, W]` for classes.
+        mask: `[B, 1, H, W]` bool.
 
     Returns:
         Of the same shape.
     """
-    return torch.where(mask, second, first)
+    return torch.where(mask if first.ndim == 4 else mask[:, 0], second, first)

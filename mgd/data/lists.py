@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 import pooch
 
 from mgd.data.datasets import SUFFIXES
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.files import write_text
 from mgd.recipe import Partition
 
@@ -145,8 +145,7 @@ def _entries(section: Partition, data_name: str, file: str) -> list[str]:
             path = Path(pooch.retrieve(url, f"sha256:{sha256}", f"{data_name}-{file}", pooch.os_cache("mgd")))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{url} cannot be fetched ({' '.join(str(error).split())[:160]}); fetch it by hand and name its "
-                "folder in [partition] root"
+                f"{url} cannot be fetched ({one_line(error)}); fetch it by hand and name its folder in [partition] root"
             ) from error
         return read_list(path)
     folder = Path(section.root)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mgd.data.datasets import Splits, by_stem, default_colors, existing_folder, paired, some, table
 from mgd.data.lists import read_list
 from mgd.data.transforms import LabelDecoder
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.recipe import DataSection
 from mgd.registry import DATASETS
 
@@ -95,8 +95,7 @@ class PublicSection(DataSection):
         except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"[data] {self.hub or self.parquet} cannot be loaded: {reason}") from error
+            raise UserError(f"[data] {self.hub or self.parquet} cannot be loaded: {one_line(error)}") from error
         val = "val" if "val" in tables else "validation"
         if missing := [split for split in ("train", val) if split not in tables]:
             raise UserError(f"[data] {self.hub}: no split {missing[0]}; it has {', '.join(tables)}")

@@ -19,7 +19,7 @@ import pyarrow.parquet
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from mgd.data.loaders import UNLABELED_STREAMS, StepSampler, TrainingPairs
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.pictures import UNREADABLE, rescale, to_rgb
 from mgd.recipe import UnlabeledSection
 
@@ -272,7 +272,7 @@ def _check_column(section: UnlabeledSection, columns: list[str]) -> None:
 
 
 def _unreadable(section: UnlabeledSection, error: Exception) -> UserError:
-    reason = " ".join(f"{error.__cause__ or error}".split())[:200] or type(error).__name__
+    reason = one_line(error.__cause__ or error)
     return UserError(f"[data.unlabeled] {section.location} cannot be read: {reason}; mend it, and run the same command")
 
 

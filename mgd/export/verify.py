@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Int8, Runner, Target
 from mgd.metrics import confusion_matrix, scores
 from mgd.models.segmenter import Segmenter, enlarge
@@ -191,8 +191,7 @@ def verified_export(
 
 
 def _refusal(what: str, error: Exception, target: Target) -> UserError:
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return UserError(f"{what}{'; leave out --dynamic' if target.dynamic else ''}: {reason}")
+    return UserError(f"{what}{'; leave out --dynamic' if target.dynamic else ''}: {one_line(error, 300)}")
 
 
 def _remove(path: Path) -> None:

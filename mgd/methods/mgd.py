@@ -211,7 +211,7 @@ class MGD(MultiGranularity):
             else:
                 said = {view: outputs[view].logits.argmax(dim=1) for view in asked}
             labeled = said.get("labeled")
-            unlabeled = _mix_said(said["first"], said["second"], mask) if "first" in said else None
+            unlabeled = mix(said["first"], said["second"], mask) if "first" in said else None
             logits = features = None
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
@@ -234,11 +234,6 @@ class MGD(MultiGranularity):
         return wanted
 
 
-def _mix_said(first: Tensor, second: Tensor, mask: Tensor) -> Tensor:
-    """Mix classes `[B, H, W]` or probabilities `[B, K, H, W]` as the images are, by a mask `[B, 1, H, W]`."""
-    return mix(first, second, mask if first.ndim == 4 else mask[:, 0])
-
-
 def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool) -> Tensor:
     """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
     if targets[0].ndim == 4:
@@ -254,7 +249,7 @@ def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
     found, mask = {}, batch["mask"]
     if "labels" in kinds:
         found["labeled"] = batch[f"image/{name}/labels"]
-        found["unlabeled"] = mix(batch[f"unlabeled/{name}/labels"], batch[f"mix/{name}/labels"], mask[:, 0])
+        found["unlabeled"] = mix(batch[f"unlabeled/{name}/labels"], batch[f"mix/{name}/labels"], mask)
     for kind in ("logits", "features"):
         if kind in kinds:
             found[kind] = _blend(batch[f"unlabeled/{name}/{kind}"], batch[f"mix/{name}/{kind}"], mask)

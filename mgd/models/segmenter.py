@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
 from mgd.models.card import short_card
@@ -215,6 +215,11 @@ def build_segmenter(
     return model.to(memory_format=torch.channels_last)
 
 
+def nameless_segmenter(section: ModelSection, num_classes: int) -> Segmenter:
+    """Build an untrained segmenter of classes without names or colours, to count, time or try it."""
+    return Segmenter(section, [str(index) for index in range(num_classes)], [(0, 0, 0)] * num_classes)
+
+
 def fingerprint(model: Segmenter) -> str:
     """Return a SHA-256 over architecture, normalisation and weights, to tell whether two networks are the same."""
     statistics = [model.mean.flatten().tolist(), model.std.flatten().tolist()]
@@ -248,7 +253,7 @@ def check_trainable(
         UserError: the network cannot train at this size, or its weights cannot be had.
     """
     with torch.device("meta"):
-        model = Segmenter(section, [str(k) for k in range(num_classes)], [(0, 0, 0)] * num_classes)
+        model = nameless_segmenter(section, num_classes)
     if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.head.modules()):
         raise UserError(
             "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
@@ -259,10 +264,9 @@ def check_trainable(
     except NotImplementedError:
         return  # an operation without a meta kernel proves nothing
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(
-            f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: {reason}; "
-            "choose another [data] crop or backbone"
+            f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: "
+            f"{one_line(error)}; choose another [data] crop or backbone"
         ) from error
     try:
         if whole is not None:  # a window is a crop, which has just been tried
@@ -324,8 +328,7 @@ def load_segmenter(source: str | Path, **download) -> Segmenter:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
     except RuntimeError as error:
-        detail = " ".join(str(error).split())
-        raise UserError(f"{folder}: the weights do not fit config.json: {detail[:300]}") from error
+        raise UserError(f"{folder}: the weights do not fit config.json: {one_line(error, 300)}") from error
     return model.to(memory_format=torch.channels_last)
 
 

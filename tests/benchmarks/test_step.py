@@ -29,10 +29,12 @@ def sections():
 
 
 def test_same_losses_and_gradients(recipe, sections):
-    classes = recipe.data.class_names()
-    student = _network(recipe.student, classes, 0, CPU)
-    teachers = {key: _network(section, classes, 1, CPU) for key, section in zip("ab", sections.values(), strict=True)}
-    batch = random_batch(2, 64, len(classes), CPU)
+    num_classes = len(recipe.data.class_names())
+    student = _network(recipe.student, num_classes, 0, CPU)
+    teachers = {
+        key: _network(section, num_classes, 1, CPU) for key, section in zip("ab", sections.values(), strict=True)
+    }
+    batch = random_batch(2, 64, num_classes, CPU)
     reference = reference_step(student, teachers, recipe.method, batch)
     ours = MGD(recipe.method, [student], teachers).step(batch, 0)
     assert reference.log.keys() == ours.log.keys()

@@ -43,7 +43,8 @@ def test_same_generator_same_masks():
     assert torch.equal(first, second)
 
 
-def test_mix_lays_the_second_over_the_first():
+def test_mix_lays_the_second_over_the_first_in_images_and_classes():
     mask = torch.tensor([[[[True, False]]]])
     mixed = mix(torch.zeros(1, 3, 1, 2), torch.ones(1, 3, 1, 2), mask)
     assert mixed[0, :, 0].tolist() == [[1.0, 0.0]] * 3
+    assert mix(torch.tensor([[[1, 2]]]), torch.tensor([[[3, 4]]]), mask).tolist() == [[[3, 2]]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from conftest import Toy
 from torch.nn import functional
 
 from mgd.errors import UserError
@@ -17,32 +17,6 @@ from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm
 from mgd.methods.supervised import Supervised, SupervisedConfig
 from mgd.models.segmenter import SegOutput
-
-
-class Toy(nn.Module):
-    """A float64 segmenter; with `norm` it has BatchNorm statistics that could drift."""
-
-    def __init__(self, seed, channels=6, norm=False):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Conv2d(3, channels, 3, padding=1, stride=2).double()
-        self.norm = nn.BatchNorm2d(channels).double() if norm else nn.Identity()
-        self.classifier = nn.Conv2d(channels, 4, 1).double()
-
-    def forward(self, image):
-        features = self.norm(self.body(image.double() / 255)).tanh()
-        logits = functional.interpolate(self.classifier(features), size=image.shape[-2:], mode="bilinear")
-        return SegOutput(logits, features)
-
-
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(5)
-    pixels = torch.randint(256, (3, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    label = torch.randint(4, (2, 16, 16), generator=generator)
-    label[0, :3] = 255
-    mask = torch.rand(2, 1, 16, 16, generator=generator) < 0.4
-    return {"image": pixels[0], "label": label, "unlabeled": pixels[1], "mix": pixels[2], "mask": mask}
 
 
 def _mixed(batch, first, second):

@@ -5,15 +5,13 @@ import re
 
 import pytest
 import torch
-from conftest import ONLINE, ROOT, call_stage
-from torch import nn
+from conftest import ONLINE, ROOT, Toy, call_stage
 from torch.nn import functional
 
 from mgd.benchmarks.step import training_gmacs
 from mgd.errors import UserError
 from mgd.methods.mgd import ImageTerm, PixelTerm, RegionTerm
 from mgd.methods.mgd_online import MGDOnline, MGDOnlineConfig
-from mgd.models.segmenter import SegOutput
 from mgd.recipe import ModelSection, load
 from mgd.schema import json_schema
 
@@ -22,33 +20,6 @@ TERMS = {
     "image": ImageTerm(teachers=("deep",), weight=0.02),
     "region": RegionTerm(teachers=("wide",), weight=30.0, grid=3),
 }
-
-
-class Normed(nn.Module):
-    """A float64 segmenter with BatchNorm, so that train and eval mode differ."""
-
-    def __init__(self, seed, channels):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Conv2d(3, channels, 3, padding=1, stride=2)
-        self.norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Conv2d(channels, 4, 1)
-        self.double().train()
-
-    def forward(self, image):
-        features = self.norm(self.body(image.double() / 255)).tanh()
-        logits = functional.interpolate(self.classifier(features), size=image.shape[-2:], mode="bilinear")
-        return SegOutput(logits, features)
-
-
-@pytest.fixture
-def batch():
-    generator = torch.Generator().manual_seed(5)
-    pixels = torch.randint(256, (3, 2, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    label = torch.randint(4, (2, 16, 16), generator=generator)
-    label[0, :3] = 255
-    mask = torch.rand(2, 1, 16, 16, generator=generator) < 0.4
-    return {"image": pixels[0], "label": label, "unlabeled": pixels[1], "mix": pixels[2], "mask": mask}
 
 
 def config_of(names, **changes):
@@ -88,8 +59,8 @@ def restated(student, teachers, batch, cps_weight):
 
 @pytest.mark.parametrize("names", [("deep", "wide"), ("deep", "third", "wide")], ids=len)
 def test_a_step_is_the_students_mgd_and_the_teachers_cps(batch, names):
-    student = Normed(0, 6)
-    teachers = {name: Normed(1 + index, 8 + index) for index, name in enumerate(names)}
+    student = Toy(0, norm=True)
+    teachers = {name: Toy(1 + index, 8 + index, norm=True) for index, name in enumerate(names)}
     method = MGDOnline(config_of(names, cps_weight=1.5), [student, *teachers.values()])
     out = method.step(batch, 0)
     assert method.deployed() is student
@@ -113,7 +84,7 @@ def test_a_step_is_the_students_mgd_and_the_teachers_cps(batch, names):
 def test_teachers_learn_the_same_whatever_the_student_learns(batch):
     gradients = []
     for weight in (0.0, 1000.0):
-        networks = [Normed(0, 6), Normed(1, 8), Normed(2, 9)]
+        networks = [Toy(0, norm=True), Toy(1, 8, norm=True), Toy(2, 9, norm=True)]
         terms = {key: term.model_copy(update={"weight": weight}) for key, term in TERMS.items()}
         MGDOnline(config_of(("deep", "wide"), **terms), networks).step(batch, 0).loss.backward()
         gradients.append([[parameter.grad for parameter in network.parameters()] for network in networks])
