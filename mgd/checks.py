@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,9 +19,11 @@ from mgd.data.partitions import Split, split
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity, whole_pool
 from mgd.errors import UserError
+from mgd.files import read_json
 from mgd.models.segmenter import check_trainable
 from mgd.recipe import DataSection, Recipe
 from mgd.registry import METHODS
+from mgd.runs import finished_metrics
 from mgd.tracking import check_tracker
 
 
@@ -47,6 +50,38 @@ def _load_splits(section: DataSection) -> Splits:
     if len(splits.val) == 0:
         raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
     return splits
+
+
+def finished(recipe: Recipe) -> dict[str, Any] | None:
+    """Return metrics.json of a finished run of this very recipe on its images as they are now, or None.
+
+    Raises:
+        UserError: the folder holds a run of another recipe, or of other images.
+    """
+    done = finished_metrics(recipe)
+    path = recipe.run_dir / "partition.json"
+    if done is None or not path.exists():
+        return done
+    there = read_json(path, ("labeled", "unlabeled", "skipped"))
+    try:
+        splits = load_splits(recipe.data)
+        drawn = split_data(recipe, splits)
+    except UserError:
+        return done  # a result outlives its images; whoever needs them is told so
+    streamed = recipe.data.unlabeled is not None and recipe.data.unlabeled.streaming
+    unlabeled = () if streamed else drawn.unlabeled
+    left_out = [name for name in there["skipped"] if name.startswith("validation: ")]
+    now = [set(drawn.labeled) - set(there["skipped"]), set(unlabeled) - set(there["skipped"])]
+    num_val = len(splits.val) - len(left_out)
+    if now != [set(there["labeled"]), set(there["unlabeled"])] or num_val != done.get("num_val", num_val):
+        before = f"{len(there['labeled'])} / {len(there['unlabeled'])} / {done.get('num_val')}"
+        raise UserError(
+            f"{recipe.run_dir} was trained on other images than [data] and [partition] name now (labelled / unlabelled "
+            f"/ to evaluate on: {before} then, {len(now[0])} / {len(now[1])} / {num_val} now); keep it and write "
+            "elsewhere (--set run.output=..., where teachers and baselines follow), or train it anew: "
+            f"{recipe.command} --restart"
+        )
+    return done
 
 
 def check_recipe(

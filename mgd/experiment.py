@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd.cache import cached_targets
-from mgd.checks import check_recipe, rows_of
+from mgd.checks import check_recipe, finished, rows_of
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
@@ -30,9 +30,33 @@ from mgd.optim import total_steps
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
-from mgd.runs import best_so_far, device_name, finished_metrics, hold, keep_best, open_folder, peak_memory_mb, versions
+from mgd.runs import best_so_far, device_name, hold, keep_best, open_folder, peak_memory_mb, versions
 from mgd.tracking import track, tracked
 from mgd.train import TrainingTime, train
+
+
+def run_needed(needed: Mapping[str, Recipe], accelerator: Accelerator) -> list[dict[str, Any]]:
+    """Run those of a recipe's teachers and baselines that are not finished, all of them checked before.
+
+    Args:
+        needed: their recipes, by what a message shall call them.
+        accelerator: device, processes and precision.
+
+    Returns:
+        metrics.json of all, in order.
+
+    Raises:
+        UserError: see `run_recipe`.
+    """
+    missing = {title: recipe for title, recipe in needed.items() if not finished(recipe)}
+    for recipe in missing.values():
+        check_recipe(recipe, accelerator)
+    rows = []
+    for title, recipe in needed.items():
+        if title in missing:
+            accelerator.print(f"{title}: {recipe.run_dir} is not finished; training it now: {recipe.command}")
+        rows.append(run_recipe(recipe, accelerator))
+    return rows
 
 
 def run_recipe(
@@ -56,7 +80,7 @@ def run_recipe(
         UserError: the data, or a run folder that belongs to another recipe.
     """
     folder = recipe.run_dir
-    if not restart and (done := finished_metrics(recipe)) is not None:
+    if not restart and (done := finished(recipe)) is not None:
         accelerator.print(f"{folder}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
         return done
     splits, partition = check_recipe(recipe, accelerator, teachers)

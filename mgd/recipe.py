@@ -177,8 +177,8 @@ class Teacher(Section):
     """Recipe of the teacher; trained first when its run is not finished."""
     checkpoint: str | None = None
     """Folder with model.safetensors and config.json, or a hub id."""
-    seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of the teacher's run; left out, this run's. The partition is always this run's."""
+    seed_offset: int = 0
+    """Added to this run's seed, it is the seed of the teacher's run; the partition is always this run's."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Teacher":

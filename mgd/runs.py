@@ -2,13 +2,12 @@
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import resource
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import nn
 from mgd.data.partitions import Split
 from mgd.errors import UserError
 from mgd.files import read_json, write_json, write_text
-from mgd.recipe import DataSection, Partition, Recipe, load, parse
+from mgd.recipe import Recipe, parse
 from mgd.tables import flatten
 
 try:
@@ -96,6 +95,21 @@ def hold(folder: Path, instead: str = "or give this run another name: --set run.
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process `hold`s a folder now; where files cannot be locked that is unknown, False."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if not fcntl or not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return False
 
 
 def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], restart: bool) -> None:
@@ -209,118 +223,3 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that shape a result."""
     packages = ("mgd", "torch", "timm", "accelerate", "datasets", "safetensors")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
-    """Load the recipes of the teachers and baselines of a student.
-
-    They take over its seed, partition, output folder and tracker, and its `--set`s of data and partition;
-    a baseline, being the same student, those of student, optim and eval too.
-
-    Returns:
-        Teachers by their name, baselines as "baseline FILE".
-
-    Raises:
-        UserError: one of them sees other labels, or has teachers itself.
-    """
-    wanted = {name: (teacher.recipe, teacher.seed) for name, teacher in recipe.teachers.items() if teacher.recipe}
-    wanted |= {f"baseline {path}": (path, None) for path in recipe.eval.baselines}
-    needed = {}
-    for title, (path, seed) in wanted.items():
-        is_baseline = title not in recipe.teachers
-        shared = ("data.", "partition.", *(("student.", "optim.", "eval.") if is_baseline else ()))
-        overrides = [override for override in recipe.overrides if override.startswith(shared)]
-        overrides.append(f"run.seed={recipe.run.seed if seed is None else seed}")
-        overrides.append(f"partition.seed={recipe.partition_seed}")
-        overrides.append(f"run.output={json.dumps(recipe.run.output)}")
-        if recipe.run.tracker:
-            overrides.append(f"run.tracker={recipe.run.tracker}")
-        if is_baseline and any(override.startswith("run.name=") for override in recipe.overrides):
-            overrides.append(f"run.name={recipe.run.name}-{Path(path).stem}")
-        needed[title] = load(path, overrides)
-        if needed[title].teachers or (needed[title].is_distilled and not is_baseline):
-            raise UserError(f"{recipe.source}: {title} ({path}) has teachers of its own; only one level is trained")
-        check_comparable(recipe, needed[title], title, is_baseline)
-    _check_folders({"this run": recipe, **needed})
-    return needed
-
-
-def _check_folders(recipes: Mapping[str, Recipe]) -> None:
-    owners: dict[Path, tuple[str, Recipe]] = {}
-    for title, recipe in recipes.items():
-        other, owner = owners.setdefault(recipe.run_dir.resolve(), (title, recipe))
-        if recipe_differences(owner.to_dict(), recipe):
-            raise UserError(
-                f"{other} ({owner.source}) and {title} ({recipe.source}) would share the folder {recipe.run_dir}; "
-                "give each its own [run] name, with {seed} in it if only the seed differs"
-            )
-
-
-def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: bool) -> None:
-    """Refuse to distil from a run that sees other labels, and a baseline that is another student.
-
-    Raises:
-        UserError: a key that must agree does not, naming it and both values.
-    """
-    agree = [("partition", key) for key in Partition.model_fields]
-    agree += [("data", key) for key in _image_keys(recipe.data)]
-    if is_baseline:
-        agree += [("data", "image_scale"), ("data", "crop"), ("eval", "mode")]
-        agree += [("student", key) for key in type(recipe.student).model_fields]
-        agree += [("optim", key) for key in ("steps", "epochs", "batch_size")]
-    mine, theirs = recipe.to_dict(), other.to_dict()
-    for section, key in agree:
-        if mine[section].get(key) != theirs[section].get(key):
-            raise UserError(
-                f"{recipe.source}: {title} ({other.source}) must agree in [{section}] {key}, but has "
-                f"{theirs[section].get(key)!r}, here {mine[section].get(key)!r}; make them equal"
-                + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
-            )
-
-
-def refuse_students(recipe: Recipe) -> None:
-    """Refuse a teacher, given by its weights, that is itself a distilled student.
-
-    Raises:
-        UserError: naming the teacher and what it is.
-    """
-    for name, teacher in recipe.teachers.items():
-        folder = Path(teacher.checkpoint or "")
-        for path in (folder / "recipe.toml", folder / "model" / "recipe.toml"):
-            if teacher.checkpoint and path.is_file() and load(path).is_distilled:
-                raise UserError(
-                    f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
-                    "that was trained without (to distil from it on purpose, copy its model.safetensors and "
-                    "config.json alone to another folder)"
-                )
-
-
-def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:
-    """Name teachers that are not trained, with their commands.
-
-    Args:
-        teachers: the recipes of the unfinished ones by name; none, and all is well.
-
-    Raises:
-        UserError: one line a teacher.
-    """
-    if teachers:
-        raise UserError(
-            "\n".join(f"[teachers.{name}] is not trained: {other.command}" for name, other in teachers.items())
-        )
-
-
-def note_other_labels(recipe: Recipe, say: Callable[[str], None]) -> None:
-    """Say so when a teacher that is given by its weights learned from labels that this run hides."""
-    ours = read_json(recipe.run_dir / "partition.json", ("labeled",))
-    for name, teacher in recipe.teachers.items():
-        path = Path(teacher.checkpoint or "") / "partition.json"
-        if teacher.checkpoint and path.exists():
-            hidden = set(read_json(path, ("labeled",))["labeled"]) - set(ours["labeled"])
-            if hidden:
-                say(f"note: [teachers.{name}] learned from {len(hidden)} labels that this run does not see")
-
-
-def _image_keys(section: DataSection) -> list[str]:
-    """Keys of a reader that say which images there are; what all readers share only shapes batches."""
-    return ["name", *(key for key in type(section).model_fields if key not in DataSection.model_fields)]

@@ -157,8 +157,8 @@ def ablated(row: tuple, recipes: Mapping[str, str], values: Mapping[str, object]
     """Return the text of [teachers] and [method] of a row of `ABLATIONS`; `recipes`: of deep and wide."""
     pixel, image, region, on, grid = row[:5]
     used = sorted({key for key in ("deep", "twin", "wide") if f'"{key}"' in pixel + image + region})
-    twin = recipes["deep" if "deep" in used else "wide"]
-    tables = [teacher(key, twin, "seed = 1000\n") if key == "twin" else teacher(key, recipes[key]) for key in used]
+    sources = {**recipes, "twin": recipes["deep" if "deep" in used else "wide"]}
+    tables = [teacher(key, sources[key], "seed_offset = 1000\n" if key == "twin" else "") for key in used]
     where = '["labeled", "unlabeled"]' if on == "both" else '["labeled"]'
     changed = {"pixel": pixel, "image": image, "region": region, "on": where, "grid": grid}
     return "".join(tables) + METHOD["mgd"].format(**{**values, **changed})

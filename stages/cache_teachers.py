@@ -17,8 +17,8 @@ from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import training_images, training_pairs  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.needed import needed_recipes, refuse_students, refuse_untrained  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.runs import finished_metrics, needed_recipes, refuse_students, refuse_untrained  # noqa: E402
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     if recipe.cache is None:
         raise UserError(f"{args.recipe}: its teachers are online; --set teachers.mode=cached")
     needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
-    refuse_untrained({name: other for name, other in needed.items() if finished_metrics(other) is None})
+    refuse_untrained(needed)
     refuse_students(recipe)
     accelerator = cli.start(recipe)
     teachers = {

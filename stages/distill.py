@@ -11,12 +11,12 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_recipe  # noqa: E402
+from mgd.checks import check_recipe, finished  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import run_recipe  # noqa: E402
+from mgd.experiment import run_needed, run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.needed import needed_recipes, note_other_data, refuse_students, refuse_untrained  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.runs import finished_metrics, needed_recipes, note_other_labels, refuse_students, refuse_untrained  # noqa: E402
 
 
 def main() -> None:
@@ -32,25 +32,18 @@ def main() -> None:
     accelerator = cli.start(recipe)
 
     # ---- everything is checked before hours are spent ----
-    found = {title: finished_metrics(other) for title, other in needed.items()}
-    if not args.restart and (done := finished_metrics(recipe)):
+    if not args.restart and (done := finished(recipe)):
         accelerator.print(f"{recipe.run_dir}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
-        rows = [*filter(None, found.values()), done]
+        rows = [*filter(None, map(finished, needed.values())), done]
         return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
-    missing = {title: needed[title] for title, metrics in found.items() if metrics is None}
     if args.no_train_teachers:
-        refuse_untrained({title: other for title, other in missing.items() if title in recipe.teachers})
+        refuse_untrained({name: other for name, other in needed.items() if name in recipe.teachers})
     given = {name: load_segmenter(t.checkpoint) for name, t in recipe.teachers.items() if t.checkpoint}
-    check_recipe(recipe, accelerator, given)
-    for other in missing.values():
-        check_recipe(other, accelerator)
+    splits, partition = check_recipe(recipe, accelerator, given)
+    note_other_data(recipe, given, partition.labeled, splits.val["id"], accelerator.print)
 
     # ---- teachers and baselines, by their own recipes ----
-    rows = []
-    for title, other in needed.items():
-        if title in missing:
-            accelerator.print(f"{title}: {other.run_dir} is not finished; training it now: {other.command}")
-        rows.append(run_recipe(other, accelerator))
+    rows = run_needed(needed, accelerator)
 
     # ---- the student, under the frozen teachers ----
     teachers = {
@@ -58,7 +51,6 @@ def main() -> None:
         for name, teacher in recipe.teachers.items()
     }
     rows.append(run_recipe(recipe, accelerator, teachers, restart=args.restart))
-    note_other_labels(recipe, accelerator.print)
     cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
 
 

@@ -1,5 +1,7 @@
 """Run many recipes with several seeds, one after the other; what is finished already is only listed.
 
+Two sweeps side by side, say one a GPU, share the work: neither starts what the other is at.
+
 python stages/sweep.py recipes/camvid/half_lite0_1-16*.toml --seeds 0 1 2
 """
 
@@ -22,9 +24,11 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from mgd import cli  # noqa: E402
+from mgd.checks import finished  # noqa: E402
 from mgd.errors import Stopped, UserError  # noqa: E402
+from mgd.needed import check_folders, needed_recipes, refuse_students  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.runs import finished_metrics, needed_recipes, refuse_students  # noqa: E402
+from mgd.runs import is_held  # noqa: E402
 
 STAGES = Path(__file__).resolve().parent
 
@@ -47,6 +51,7 @@ def main() -> None:
 
     # ---- everything is read before hours are spent ----
     cells: dict[Path, tuple[Recipe, list[str]]] = {}
+    writers: dict[str, Recipe] = {}
     for seed in args.seeds:
         for path in args.recipes:
             overrides = [*args.set, f"run.seed={seed}"]
@@ -59,33 +64,51 @@ def main() -> None:
                     f"{recipe.run_dir}; give each a [run] name of its own, with {{seed}}"
                 )
             refuse_students(recipe)
-            for needed in (recipe, *needed_recipes(recipe).values()):
-                finished_metrics(needed)
+            for title, needed in {"the run": recipe, **needed_recipes(recipe)}.items():
+                finished(needed)
+                writers[f"{title} of {path}, seed {seed},"] = needed
             cells[recipe.run_dir.resolve()] = (recipe, overrides)
+    check_folders(writers)
 
     # ---- one cell after the other; one that fails does not stop the others ----
-    rows, failed = [], []
-    for number, (recipe, overrides) in enumerate(cells.values(), 1):
+    done: dict[Path, dict | None] = {}
+    waiting_for = 0
+    while todo := [folder for folder in cells if folder not in done]:
+        folder = next((folder for folder in todo if not _in_work(cells[folder][0])), None)
+        if folder is None:
+            if len(todo) != waiting_for:
+                waiting_for = len(todo)
+                print(f"waiting: all of the {waiting_for} left are in work elsewhere, or need what is", flush=True)
+            time.sleep(2)
+            continue
+        recipe, overrides = cells[folder]
         try:
-            done = finished_metrics(recipe)
-            if not done:
-                print(f"[{number}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
+            if not (result := finished(recipe)):
+                print(f"[{len(done) + 1}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
                 status = run_stage(args.launch, recipe, overrides)
-                done = finished_metrics(recipe)
-                if not done:
+                result = finished(recipe)
+                if not result and _in_work(recipe):
+                    continue  # another sweep was quicker, by a moment
+                if not result:
                     raise UserError(f"{recipe.run_dir}: ended with status {status} and left no result")
+            done[folder] = result
         except UserError as error:
             print(f"note: {error}", flush=True)
-            done = None
-            failed.append(recipe.run_dir.name)
-        rows.append(cli.result_row(done) if done else _empty_row(recipe))
+            done[folder] = None
 
     # ---- what came out ----
-    cli.print_rows(rows, args.json)
-    if failed:
+    cli.print_rows(
+        [cli.result_row(done[folder]) if done[folder] else _empty_row(cells[folder][0]) for folder in cells], args.json
+    )
+    if failed := [folder.name for folder in cells if not done[folder]]:
         raise UserError(
             f"{len(failed)} of {len(cells)} did not finish: {', '.join(failed)}; the same command tries them again"
         )
+
+
+def _in_work(recipe: Recipe) -> bool:
+    """Whether another process is busy with a run, or with one that it needs."""
+    return any(is_held(needed.run_dir) for needed in (recipe, *needed_recipes(recipe).values()))
 
 
 def _words(text: str) -> list[str]:

@@ -11,20 +11,27 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
+from mgd.checks import check_recipe, finished  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import run_recipe  # noqa: E402
+from mgd.experiment import run_needed, run_recipe  # noqa: E402
+from mgd.needed import needed_recipes  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
 
 def main() -> None:
-    """Train and evaluate one recipe."""
+    """Train and evaluate one recipe, after its baselines."""
     args = cli.parser(__doc__.splitlines()[0]).parse_args()
     recipe = load(args.recipe, args.set)
     if recipe.teachers:
         raise UserError(f"{args.recipe}: has [teachers]; its stage is stages/distill.py")
+    baselines = needed_recipes(recipe)
     accelerator = cli.start(recipe)
-    metrics = run_recipe(recipe, accelerator, restart=args.restart)
-    cli.print_table(accelerator, [cli.result_row(metrics)], args.json)
+    rows = [*filter(None, map(finished, baselines.values()))]
+    if args.restart or not finished(recipe):
+        check_recipe(recipe, accelerator)
+        rows = run_needed(baselines, accelerator)
+    rows.append(run_recipe(recipe, accelerator, restart=args.restart))
+    cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
@@ -16,12 +17,14 @@ import torch._dynamo
 from accelerate import Accelerator
 from conftest import ROOT
 
+from mgd import checks
+from mgd.checks import finished
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
 from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
+from mgd.needed import needed_recipes, note_other_data, refuse_students
 from mgd.recipe import load
-from mgd.runs import needed_recipes, refuse_students
 
 BACKBONES = ["resnet18d", "mobilenetv3_small_100", "mobilenetv4_conv_small", "convnext_atto", "efficientvit_b0"]
 
@@ -89,6 +92,85 @@ def test_images_that_change_under_an_unfinished_run(write_recipe):
     path.write_text(path.read_text().replace("train-000003", "train-999999"))
     with pytest.raises(UserError, match=r"the images of \[data\] have changed since this run began"):
         run_recipe(recipe, Accelerator())
+
+
+def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
+    root = tmp_path / "mine"
+
+    def paint(folder, names):
+        checks._load_splits.cache_clear()  # another command would begin without it
+        for index, name in enumerate(names):
+            for part, value in (("images", 9 * index), ("masks", index % 2)):
+                (root / folder / part).mkdir(parents=True, exist_ok=True)
+                mask = PIL.Image.new("L", (40, 40), value)
+                mask.paste(1 - value if part == "masks" else 200, (0, 0, 20, 40))
+                mask.save(root / folder / part / f"{name}.png")
+
+    paint(".", "abcd")
+    paint("val", "xy")
+    table = tomllib.loads(write_recipe().read_text())
+    table["data"] = {"name": "folder", "root": str(root), "classes": ["0", "1"], "val_root": f"{root}/val", "crop": 32}
+    table["partition"] = {"labeled": "1/1"}
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(table))
+    recipe = load(tmp_path / "mine.toml")
+    done = run_recipe(recipe, Accelerator())
+    assert finished(recipe) == json.loads((recipe.run_dir / "metrics.json").read_text())
+    paint(".", "e")  # one more mask
+    with pytest.raises(UserError, match=r"trained on other images .* 4 / 0 / 2 then, 5 / 0 / 2 now.* --restart"):
+        run_recipe(recipe, Accelerator())
+    for part in ("images", "masks"):
+        (root / part / "e.png").unlink()
+    paint("val", "z")
+    with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 0 / 3 now"):
+        finished(recipe)
+    (root / "val" / "masks" / "z.png").unlink()
+    checks._load_splits.cache_clear()
+    assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
+    root.rename(tmp_path / "elsewhere")
+    checks._load_splits.cache_clear()
+    assert finished(recipe)["miou"] == done["miou"], "a result outlives its images"
+
+
+def test_what_a_given_teacher_saw_otherwise_is_said(write_recipe, tmp_path):
+    network = SimpleNamespace(image_scale=1.0)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "partition.json").write_text(json.dumps({"labeled": ["a", "b", "v"]}))
+    term = {"name": "mgd", "pixel": {"teachers": ["deep"]}}
+    deep = {"deep": {"checkpoint": str(tmp_path / "teacher")}}
+    recipe = load(write_recipe(method=term, teachers=deep), ["data.image_scale=0.5"])
+    said = []
+    note_other_data(recipe, {"deep": network}, ["a", "c"], ["v", "w"], said.append)
+    assert len(said) == 3 and "at 1 of their size and sees these at 0.5" in said[0]
+    assert "1 labels that this run does not see" in said[1] and "labels of 1 of the validation images" in said[2]
+    said.clear()
+    note_other_data(load(recipe.source), {"deep": network}, ["a", "b", "v"], ["w"], said.append)
+    assert said == []
+
+
+def test_what_a_student_passes_on(write_recipe, tmp_path):
+    ohem = {"name": "supervised", "ohem": {"threshold": 0.7, "min_kept_per_image": 10}}
+    for name in ("deep", "baseline"):
+        write_recipe(f"{name}.toml", run={"name": f"{name}-s{{seed}}"}, method=ohem)
+    path = write_recipe(
+        "student.toml",
+        run={"name": "student-s{seed}"},
+        method={"name": "kd", "distill_from": ["deep", "twin"]},
+        teachers={
+            "deep": {"recipe": str(tmp_path / "deep.toml")},
+            "twin": {"recipe": str(tmp_path / "deep.toml"), "seed_offset": 1000},
+        },
+        eval={"baselines": [str(tmp_path / "baseline.toml")]},
+    )
+    sets = ["run.seed=3", "run.checkpoint_every=7", "data.crop=40", "optim.lr=0.5", "method.ohem.threshold=0.5"]
+    deep, twin, baseline = needed_recipes(load(path, sets)).values()
+    assert [recipe.run_dir.name for recipe in (deep, twin, baseline)] == ["deep-s3", "deep-s1003", "baseline-s3"]
+    for recipe in (deep, twin, baseline):
+        assert (recipe.partition_seed, recipe.run.checkpoint_every, recipe.data.crop) == (3, 7, 40)
+    assert [recipe.optim.lr for recipe in (deep, baseline)] == [0.01, 0.5]
+    assert [recipe.method.ohem.threshold for recipe in (deep, baseline)] == [0.7, 0.5]
+    with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
+        write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
+        needed_recipes(load(path))
 
 
 def test_classes_without_a_label_are_announced(write_recipe, capsys):

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 import tomllib
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conftest import ROOT
 from mgd.complexity import model_costs
 from mgd.experiment import run_recipe
 from mgd.models.segmenter import build_segmenter, check_trainable
+from mgd.needed import check_folders, needed_recipes
 from mgd.recipe import load
 
 PAPER = ROOT.parent / "shared" / "reference" / "paper_tables.toml"
@@ -44,6 +46,17 @@ def test_named_recipes_exist_and_see_the_same_labels(path):
     for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
         named = load(ROOT / other)
         assert (named.partition, named.data) == (recipe.partition, recipe.data)
+
+
+def test_no_two_runs_share_a_folder_whatever_the_seed():
+    writers = {}
+    for path in [path for path in RECIPES if re.match("half_lite0_1-16|voc_r18_1-8", path.stem)]:
+        for seed in (0, 1):
+            recipe = load(path, [f"run.seed={seed}"])
+            for title, other in {"run": recipe, **needed_recipes(recipe)}.items():
+                writers[f"{title} of {path.stem}, seed {seed}"] = other
+    assert len({recipe.run_dir for recipe in writers.values()}) > 60
+    check_folders(writers)
 
 
 # What method.md says, in this order: lr of r101, wrn50, r18, mbv2; epochs; batch of teachers and students.
@@ -92,7 +105,7 @@ def test_the_ablations_of_the_paper(family, networks):
         recipe = load(ROOT / "recipes" / f"{family}{name}.toml")
         method = recipe.method
         stems = {key: names[Path(t.recipe).stem.split("_")[1]] for key, t in recipe.teachers.items()}
-        nets = {key: stem + ("'" if recipe.teachers[key].seed else "") for key, stem in stems.items()}
+        nets = {key: stem + ("'" if recipe.teachers[key].seed_offset else "") for key, stem in stems.items()}
         used = [[nets[key] for key in term.teachers] for term in (method.pixel, method.image, method.region)]
         return [*used, method.pixel.on, method.region.grid]
 

@@ -14,9 +14,9 @@ from mgd.data.loaders import Images
 from mgd.errors import UserError
 from mgd.experiment import evaluate_network, run_recipe
 from mgd.models.segmenter import load_segmenter
+from mgd.needed import needed_recipes
 from mgd.recipe import load
 from mgd.report import as_csv, collect, markdown, notes, rows_of, tables
-from mgd.runs import needed_recipes
 
 REFERENCE = {"miou": 55.0, "source": "paper, Table 9"}
 

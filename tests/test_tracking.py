@@ -15,8 +15,9 @@ from mgd import tracking
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
 from mgd.methods.supervised import Supervised
+from mgd.needed import needed_recipes
 from mgd.recipe import load
-from mgd.runs import needed_recipes, shaping_keys
+from mgd.runs import shaping_keys
 
 
 def needs(name):

@@ -155,7 +155,7 @@ class Folder(DataSection):
     val_root: str | None = None
     """Folder with images/ and masks/ to evaluate on; left out, `val_share` is held out."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the images with masks that is held out, the same one whatever the seed."""
+    """Chance of an image with a mask to be held out; its name decides, whatever the seed."""
 
     def class_names(self) -> tuple[str, ...]:
         """Return the K class names, without touching data."""
@@ -194,10 +194,15 @@ class Folder(DataSection):
         return images | more
 
     def held_out(self, names: Iterable[str]) -> list[str]:
-        """Return which of the images that have masks, `names`, are evaluated on: none where `val_root` is."""
-        ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
-        count = min(max(1, round(self.val_share * len(ordered))), len(ordered) - 1)
-        return [] if self.val_root is not None else ordered[:count]
+        """Return which of the images that have masks, `names`, are evaluated on: none where `val_root` is.
+
+        An image's own name decides, so that no mask that is added later moves another image from training to
+        evaluation or back; but at least one image is held out, and one is left.
+        """
+        drawn = {name: hashlib.sha256(name.encode()).digest() for name in names}
+        ordered = sorted(drawn, key=drawn.get)
+        count = sum(int.from_bytes(digest, "big") < self.val_share * 2**256 for digest in drawn.values())
+        return [] if self.val_root is not None else ordered[: min(max(1, count), len(ordered) - 1)]
 
     def _check_keys(self) -> None:
         """Refuse what contradicts itself.

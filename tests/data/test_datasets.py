@@ -81,10 +81,22 @@ def folder(tmp_path):
     return root
 
 
+def test_masks_that_are_added_move_no_image_between_training_and_evaluation():
+    section = Folder(name="folder", root="mine", classes=("a", "b"), val_share=0.3)
+    names = [f"photo {index}" for index in range(400)]
+    held_out = set(section.held_out(names))
+    assert 90 <= len(held_out) <= 150
+    for count in (20, 50, 300):
+        assert set(section.held_out(reversed(names[:count]))) == held_out & set(names[:count])
+    assert [len(section.held_out(names[:count])) for count in (2, 3)] == [1, 1]
+    every = section.model_copy(update={"val_share": 0.999})
+    assert len(every.held_out(names[:5])) == 4, "one is left to learn from"
+
+
 def test_folder_of_ones_own(folder):
     section = Folder(name="folder", root=str(folder), classes=("road", "rest"))
     splits = section.load()
-    assert (len(splits.labeled), len(splits.val)) == (6, 2)
+    assert (len(splits.labeled), len(splits.val)) == (7, 1)
     assert set(splits.unlabeled["id"]) == {
         "street 8",
         "street 9",

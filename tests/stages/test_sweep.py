@@ -1,15 +1,18 @@
 """Many cells by one command: each once, whatever is in between."""
 
+import contextlib
 import json
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from conftest import call_stage, run_stage, stage_command, steps_done
 
-from mgd.runs import hold
+from mgd.runs import hold, is_held
 
 
 @pytest.fixture
@@ -53,14 +56,37 @@ def test_every_cell_is_run_once(cells, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path, run_here):
-    with hold(tmp_path / "runs" / "alone-s1"):
-        result = run_here("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
+    (tmp_path / "runs" / "alone-s1").mkdir(parents=True)
+    (tmp_path / "runs" / "alone-s1" / "recipe.toml").mkdir()  # cannot be written
+    result = run_here("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
     assert result.returncode == 2 and "alone-s1" in result.stderr.splitlines()[-1]
     assert "1 of 2 did not finish" in result.stderr and "Traceback" not in result.stderr
     assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
     first, last = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-2:])
     assert first[0].strip() == "alone-s0" and float(first[5]) >= 0
     assert last[0].strip() == "alone-s1" and last[5].strip() == "-"
+
+
+def test_what_others_are_at_is_waited_for(cells, tmp_path, capsys):
+    teacher, held = tmp_path / "runs" / "teacher-s0", contextlib.ExitStack()
+    assert not is_held(teacher)
+    held.enter_context(hold(teacher))
+    assert is_held(teacher)
+    timer = threading.Timer(3, held.close)
+    timer.start()
+    status, out, err = call_stage(capsys, "sweep.py", *reversed(cells), "--launch", "false")
+    timer.join()
+    assert status == 2 and "2 of 2 did not finish: under-s0, alone-s0" in err and not is_held(teacher)
+    order = [line for line in out.splitlines() if line.startswith(("[", "waiting"))]
+    assert "alone.toml" in order[0] and order[1].startswith("waiting: all of the 1 left") and "under.toml" in order[2]
+
+
+def test_cells_that_would_share_a_folder_are_refused_before_anything_runs(cells, tmp_path, capsys):
+    teacher = tmp_path / "teacher.toml"
+    status, out, err = call_stage(capsys, "sweep.py", *cells, teacher, "--set", "optim.steps=2", "--launch", "false")
+    assert status == 2 and not out
+    assert re.search(r"big of .*under.toml, seed 0, .* and the run of .*teacher.toml, seed 0, .* would share", err)
+    assert "optim.steps 4 there, 2 here" in err
 
 
 @pytest.mark.slow

@@ -1,0 +1,165 @@
+"""What else a recipe needs: its teachers and baselines, by recipes of their own or by their weights."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from mgd.checks import finished
+from mgd.errors import UserError
+from mgd.files import read_json
+from mgd.recipe import DataSection, Partition, Recipe, load
+from mgd.runs import recipe_differences
+
+# Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
+_HOW_RUN = ("run.checkpoint_every=", "run.log_every=", "run.threads=", "run.compile=")
+_OF_BASELINES = ("student.", "optim.", "eval.", "method.ohem")
+
+
+def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
+    """Load the recipes of the teachers and baselines of a student.
+
+    They take over its seed, partition, output folder and tracker, and its `--set`s of data, partition and of how
+    a run is done; a baseline, being the same student, those of student, optim, eval and OHEM too.
+
+    Returns:
+        Teachers by their name, baselines as "baseline FILE".
+
+    Raises:
+        UserError: one of them sees other labels, or has teachers itself.
+    """
+    wanted = {name: (teacher.recipe, teacher.seed_offset) for name, teacher in recipe.teachers.items()}
+    wanted = {name: source for name, source in wanted.items() if source[0]}
+    wanted |= {f"baseline {path}": (path, 0) for path in recipe.eval.baselines}
+    needed = {}
+    for title, (path, seed_offset) in wanted.items():
+        is_baseline = title not in recipe.teachers
+        shared = ("data.", "partition.", *_HOW_RUN, *(_OF_BASELINES if is_baseline else ()))
+        overrides = [override for override in recipe.overrides if override.startswith(shared)]
+        overrides.append(f"run.seed={recipe.run.seed + seed_offset}")
+        overrides.append(f"partition.seed={recipe.partition_seed}")
+        overrides.append(f"run.output={json.dumps(recipe.run.output)}")
+        if recipe.run.tracker:
+            overrides.append(f"run.tracker={recipe.run.tracker}")
+        if is_baseline and any(override.startswith("run.name=") for override in recipe.overrides):
+            overrides.append(f"run.name={recipe.run.name}-{Path(path).stem}")
+        needed[title] = load(path, overrides)
+        if needed[title].teachers or (needed[title].is_distilled and not is_baseline):
+            raise UserError(f"{recipe.source}: {title} ({path}) has teachers of its own; only one level is trained")
+        check_comparable(recipe, needed[title], title, is_baseline)
+    check_folders({"this run": recipe, **needed})
+    return needed
+
+
+def check_folders(recipes: Mapping[str, Recipe]) -> None:
+    """Check that no two different recipes would write one folder.
+
+    Args:
+        recipes: by what a message shall call them.
+
+    Raises:
+        UserError: naming both, in what they differ, and the folder.
+    """
+    owners: dict[Path, tuple[str, Recipe]] = {}
+    for title, recipe in recipes.items():
+        other, owner = owners.setdefault(recipe.run_dir.resolve(), (title, recipe))
+        if differences := recipe_differences(owner.to_dict(), recipe):
+            raise UserError(
+                f"{other} ({owner.source}) and {title} ({recipe.source}) would share the folder {recipe.run_dir} "
+                f"({'; '.join(differences[:4])}); give each its own [run] name, with {{seed}} in it if only the seed "
+                "differs"
+            )
+
+
+def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: bool) -> None:
+    """Refuse to distil from a run that sees other labels, and a baseline that is another student.
+
+    Raises:
+        UserError: a key that must agree does not, naming it and both values.
+    """
+    agree = [("partition", key) for key in Partition.model_fields]
+    agree += [("data", key) for key in _image_keys(recipe.data)]
+    if is_baseline:
+        agree += [("data", "crop"), ("eval", "mode")]
+        agree += [("student", key) for key in type(recipe.student).model_fields]
+        agree += [("optim", key) for key in ("steps", "epochs", "batch_size")]
+    mine, theirs = recipe.to_dict(), other.to_dict()
+    for section, key in agree:
+        if mine[section].get(key) != theirs[section].get(key):
+            raise UserError(
+                f"{recipe.source}: {title} ({other.source}) must agree in [{section}] {key}, but has "
+                f"{theirs[section].get(key)!r}, here {mine[section].get(key)!r}; make them equal"
+                + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
+            )
+
+
+def refuse_students(recipe: Recipe) -> None:
+    """Refuse a teacher, given by its weights, that is itself a distilled student.
+
+    Raises:
+        UserError: naming the teacher and what it is.
+    """
+    for name, teacher in recipe.teachers.items():
+        folder = Path(teacher.checkpoint or "")
+        for path in (folder / "recipe.toml", folder / "model" / "recipe.toml"):
+            if teacher.checkpoint and path.is_file() and load(path).is_distilled:
+                raise UserError(
+                    f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
+                    "that was trained without (to distil from it on purpose, copy its model.safetensors and "
+                    "config.json alone to another folder)"
+                )
+
+
+def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:
+    """Refuse teachers that are not trained.
+
+    Raises:
+        UserError: one line a teacher, with its command.
+    """
+    missing = {name: other for name, other in teachers.items() if not finished(other)}
+    if missing:
+        raise UserError(
+            "\n".join(f"[teachers.{name}] is not trained: {other.command}" for name, other in missing.items())
+        )
+
+
+def note_other_data(
+    recipe: Recipe,
+    given: Mapping[str, nn.Module],
+    labeled: Iterable[str],
+    val: Iterable[str],
+    say: Callable[[str], None],
+) -> None:
+    """Say what a teacher that is given by its weights saw otherwise than this run does.
+
+    Args:
+        recipe: of the student.
+        given: the loaded networks of those teachers, by name.
+        labeled: ids of the labelled images of this run.
+        val: ids of the images that it is evaluated on.
+        say: prints a line.
+    """
+    for name, network in given.items():
+        if network.image_scale != recipe.data.image_scale:
+            say(
+                f"note: [teachers.{name}] learned from images at {network.image_scale:g} of their size and sees these "
+                f"at {recipe.data.image_scale:g} ([data] image_scale)"
+            )
+        path = Path(recipe.teachers[name].checkpoint) / "partition.json"
+        if not path.exists():
+            continue
+        known = set(read_json(path, ("labeled",))["labeled"])
+        if hidden := known.difference(labeled, val):
+            say(f"note: [teachers.{name}] learned from {len(hidden)} labels that this run does not see")
+        if leaked := known.intersection(val):
+            say(
+                f"note: [teachers.{name}] learned from the labels of {len(leaked)} of the validation images; a student "
+                "of it cannot be judged on them"
+            )
+
+
+def _image_keys(section: DataSection) -> list[str]:
+    """Keys of a reader that say which images there are, and their size; its others only shape batches."""
+    own = [key for key in type(section).model_fields if key not in DataSection.model_fields]
+    return ["name", "image_scale", *own]
