@@ -99,6 +99,8 @@ def _run(
     """Do what `run_recipe` promises, with everything checked and the folder held."""
     folder = recipe.run_dir
     method_class = METHODS.get(recipe.method.name)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(accelerator.device)  # its teachers may have been trained just before
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}

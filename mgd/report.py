@@ -88,8 +88,7 @@ def better_teacher(folder: Path) -> float | None:
         place = Path(teacher.checkpoint or "")
         try:
             if teacher.recipe:
-                seed = recipe.run.seed if teacher.seed is None else teacher.seed
-                trained = load(teacher.recipe, [f"run.seed={seed}"])
+                trained = load(teacher.recipe, [f"run.seed={recipe.run.seed + teacher.seed_offset}"])
                 place = folder.parent / trained.run_dir.name
             found.append(read_json(place / "metrics.json", ("miou",))["miou"])
         except UserError:
@@ -292,16 +291,22 @@ def _run_folders(sources: Iterable[str | Path]) -> list[Path]:
     for source in map(Path, sources):
         if not source.is_dir():
             raise UserError(f"{source}: no such folder; give run folders, or a folder that holds runs")
-        inside = [source] if (source / "recipe.toml").exists() else sorted(source.iterdir())
-        # Hidden: what `--restart` was deleting when it was killed.
-        folders += [path for path in inside if (path / "recipe.toml").exists() and not path.name.startswith(".")]
+        folders += _runs_below(source, depth=2)
     return list(dict.fromkeys(folders))
+
+
+def _runs_below(folder: Path, depth: int) -> list[Path]:
+    if (folder / "recipe.toml").exists():
+        return [folder]
+    # Hidden: what `--restart` was deleting when it was killed.
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [run for path in inside if depth for run in _runs_below(path, depth - 1)]
 
 
 def _of_one_run(key: str, recipe: Recipe) -> bool:
     if key == "data.root":
         return type(recipe.data).same_everywhere
-    return key in _OF_ONE_RUN or (key.startswith("teachers.") and key.endswith((".seed", ".checkpoint")))
+    return key in _OF_ONE_RUN or (key.startswith("teachers.") and key.endswith(".checkpoint"))
 
 
 def _tell_apart(cells: Sequence[Cell]) -> None:

@@ -205,7 +205,7 @@ def best_so_far(folder: Path) -> dict[str, Any] | None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory of this process so far, MiB: of the GPU if there is one."""
+    """Peak memory, MiB: of the GPU since the run began, or of this process, with the runs before this one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,9 +1,10 @@
 """The training loop: the only one, for every method."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def train(
 
         def score(step: int) -> None:
             share_buffers(modules.values())
-            with signals.at_once(kept.format(step)):  # it follows a resume point, from which it is done again
+            with signals.at_once(kept.format(step)), point.not_training():  # it is done again from the resume point
                 log.write_scores(step, evaluate(method.deployed(), step))
 
         if every and 0 < start < num_steps and start % every == 0:
@@ -167,6 +168,13 @@ class ResumePoint:
         """Seconds spent training, over all sittings."""
         return self.reached["seconds"] + time.perf_counter() - self.began
 
+    @contextlib.contextmanager
+    def not_training(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+
     def write(self, **progress: Any) -> None:
         """Write it, with the statistics of the first process; called on all processes."""
         share_buffers(self.modules.values())
@@ -183,6 +191,8 @@ def _on_device(
     networks = method.networks
     if section.sync_batchnorm:
         networks = [timm.layers.convert_sync_batchnorm(network) for network in networks]
+        for average in method.averages.values():  # in place: its method holds it, too
+            timm.layers.convert_sync_batchnorm(average)
     networks = [network.to(accelerator.device) for network in networks]
     averages = {name: network.to(accelerator.device) for name, network in method.averages.items()}
     return networks, {f"network{index}": network for index, network in enumerate(networks)} | averages

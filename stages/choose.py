@@ -20,13 +20,13 @@ from mgd.checks import check_classes, usable_images  # noqa: E402
 from mgd.data.candidates import Candidates, find_candidates  # noqa: E402
 from mgd.data.lists import check_ids, write_list  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
-from mgd.data.partitions import split  # noqa: E402
+from mgd.data.partitions import draw  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.files import write_text  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import save_contact_sheet  # noqa: E402
 from mgd.pool import descriptions, disagreements, untrained  # noqa: E402
-from mgd.recipe import Partition, Recipe, load  # noqa: E402
+from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.selection import cover, most_uncertain  # noqa: E402
 from mgd.tables import labeled_amount  # noqa: E402
 
@@ -102,10 +102,10 @@ def _amount(text: str) -> int | float | str:
 
 
 def _draw(recipe: Recipe, images: Images, budget: int) -> list[int]:
-    """Return what `[partition] protocol = "random"` would draw with the recipe's seed."""
+    """Return what `[partition] protocol = "random"` would draw with the recipe's seed, in its order."""
     seed = recipe.run.seed if recipe.partition.seed is None else recipe.partition.seed
-    drawn = set(split(Partition(labeled=budget), images.ids, [], seed).labeled)
-    return [index for index, name in enumerate(images.ids) if name in drawn]
+    places = {name: index for index, name in enumerate(images.ids)}
+    return [places[name] for name in draw(images.ids, seed)[:budget]]
 
 
 def _write(output: Path, found: Candidates, images: Images, chosen: list[int], lists: tuple) -> None:

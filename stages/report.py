@@ -24,6 +24,7 @@ from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
 from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of, tables  # noqa: E402
 
+MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
 
 
@@ -68,20 +69,27 @@ def main() -> None:
         point = (cell.num_labeled, cell.mean, cell.spread)
         lines[cell.title].setdefault(cell.row_name, []).append(point)
     plot_partitions(lines, folder / "partitions.png")
+    for path in folder.glob("samples_*.png"):
+        path.unlink()  # of an earlier report, which may have had more tables
+    written = ["report.md", "report.csv", "cost.png", "partitions.png"]
     for number, (title, members) in enumerate(groups.items()):
         if args.samples > 0:
             try:
                 qualitative(members, args.samples, folder / f"samples_{number}.png")
+                written.append(f"samples_{number}.png")
             except UserError as error:
                 print(f"note: no picture of {title}: {error}")
-    print(f"\n{folder}: report.md, report.csv, cost.png, partitions.png" + ", samples_*.png" * (args.samples > 0))
+    print(f"\n{folder}: {', '.join(written)}")
 
 
 def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
-    """Draw what each method predicts on the same val images, on the partition that most methods have."""
+    """Draw what each method predicts on the same val images, on the partition that most methods have.
+
+    Of more than `MAX_COLUMNS` the best are drawn.
+    """
     partitions = [cell.partition for cell in members]
     chosen = [cell for cell in members if cell.partition == max(partitions, key=partitions.count)]
-    chosen.sort(key=lambda cell: cell.runs[0][1]["miou"])
+    chosen = sorted(chosen, key=lambda cell: cell.runs[0][1]["miou"])[-MAX_COLUMNS:]
     first = chosen[0].recipe
     device = cli.start(first).device
     splits = load_splits(first.data)

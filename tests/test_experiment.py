@@ -21,10 +21,12 @@ from mgd import checks
 from mgd.checks import finished
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
+from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.needed import needed_recipes, note_other_data, refuse_students
-from mgd.recipe import load
+from mgd.recipe import Optim, load
+from mgd.train import _on_device
 
 BACKBONES = ["resnet18d", "mobilenetv3_small_100", "mobilenetv4_conv_small", "convnext_atto", "efficientvit_b0"]
 
@@ -145,6 +147,14 @@ def test_what_a_given_teacher_saw_otherwise_is_said(write_recipe, tmp_path):
     said.clear()
     note_other_data(load(recipe.source), {"deep": network}, ["a", "b", "v"], ["w"], said.append)
     assert said == []
+
+
+def test_synchronised_statistics_reach_the_average(tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    method = MeanTeacher(MeanTeacherConfig(), [network])
+    networks, kept = _on_device(method, Optim(lr=0.1, steps=1, sync_batchnorm=True), Accelerator())
+    for module in (networks[0], kept["average"], method.average):
+        assert isinstance(module[1], torch.nn.SyncBatchNorm)
 
 
 def test_what_a_student_passes_on(write_recipe, tmp_path):

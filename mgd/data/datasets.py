@@ -21,14 +21,13 @@ from pydantic import Field
 from mgd.data import shapes
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError
+from mgd.pictures import SUFFIXES
 from mgd.recipe import DataSection
 from mgd.registry import DATASETS
 
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
 ]
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)

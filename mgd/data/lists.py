@@ -5,9 +5,9 @@ from pathlib import Path, PurePosixPath
 
 import pooch
 
-from mgd.data.datasets import SUFFIXES
 from mgd.errors import UserError, one_line
 from mgd.files import write_text
+from mgd.pictures import SUFFIXES
 from mgd.recipe import Partition
 
 # Lists of CPS (Chen et al.) and PseudoSeg (Zou et al.) as the repository of CPS publishes them.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -64,9 +64,6 @@ def split(
 ) -> Split:
     """Divide the training images, by lists or by a draw.
 
-    The draw orders ids by SHA-256 of seed and id: the same on every machine and version, and a
-    larger share contains the smaller one.
-
     Args:
         section: the recipe's `[partition]`.
         with_mask: ids that could be labelled.
@@ -88,10 +85,15 @@ def split(
         raise UserError(
             f"[partition] labeled = {section.labeled}: the training set has only {len(with_mask)} images with a mask"
         )
-    drawn = sorted(with_mask, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-    chosen = _balanced(drawn, wanted, presence) if section.balanced else drawn[:wanted]
+    order = draw(with_mask, seed)
+    chosen = _balanced(order, wanted, presence) if section.balanced else order[:wanted]
     rest = set(with_mask) - set(chosen)
     return Split(labeled=tuple(sorted(chosen)), unlabeled=tuple(sorted(rest | set(without_mask))))
+
+
+def draw(names: Iterable[str], seed: int) -> list[str]:
+    """Order ids by SHA-256 of seed and id: the same on every machine and version; a share is the first of them."""
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
 def _by_lists(section: Partition, with_mask: Sequence[str], without_mask: Sequence[str], data_name: str) -> Split:

@@ -1,9 +1,11 @@
 """Which images a file is tried on, and which it is calibrated with."""
 
+from collections.abc import Callable
 from pathlib import Path
 
-from mgd.checks import check_classes, load_splits, rows_of, split_data
+from mgd.checks import check_classes, load_splits, split_data
 from mgd.data.loaders import EvaluationImages, Images
+from mgd.errors import UserError
 from mgd.experiment import training_images
 from mgd.export.verify import Sample, evenly
 from mgd.models.segmenter import Segmenter
@@ -25,18 +27,28 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
     splits = load_splits(recipe.data)
     check_classes(splits.classes, model, "the model")
     partition = split_data(recipe, splits)
-    ids = partition.unlabeled or partition.labeled
-    ids = tuple(ids[index] for index in evenly(len(ids), count))
-    val = Images(
-        rows_of(splits.val, tuple(splits.val["id"][index] for index in evenly(len(splits.val), count))),
-        splits.decoder,
-        model.image_scale,
-    )
-    tried = [Sample(image, label) for _, image, label in map(EvaluationImages(val).__getitem__, range(len(val)))]
+    val = EvaluationImages(Images(splits.val, splits.decoder, model.image_scale))
     pool = training_images(recipe, splits, partition)
-    places = {name: index for index, name in enumerate(pool.ids)}
-    read = [to_tensor(pool.read(places[name], with_label=False)[0]) for name in ids]
-    return tried, [Sample(image) for image in read]
+    unlabeled = set(partition.unlabeled or partition.labeled)
+    places = [index for index, name in enumerate(pool.ids) if name in unlabeled]
+    skips = recipe.data.on_error == "skip"
+    tried = _some(len(val), count, lambda index: Sample(*val[index][1:]), skips)
+    read = _some(len(places), count, lambda i: Sample(to_tensor(pool.read(places[i], with_label=False)[0])), skips)
+    if not tried:
+        raise UserError(f"[data] none of {min(count, len(val))} validation images can be read")
+    return tried, read
+
+
+def _some(total: int, count: int, read: Callable[[int], Sample], skips: bool) -> list[Sample]:
+    """Read up to `count` of `total` images, spread evenly; `skips`: leave out what cannot be read."""
+    found = []
+    for index in evenly(total, count):
+        try:
+            found.append(read(index))
+        except UserError:
+            if not skips:
+                raise
+    return found
 
 
 def of_folder(source: str | Path, model: Segmenter, count: int) -> list[Sample]:

@@ -69,7 +69,7 @@ class _CrossEntropies(torch.autograd.Function):
 
 def ohem_cross_entropy(
     logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 50_000, ignore_index: int = 255
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the hard pixels (online hard example mining; the authors' code on Cityscapes).
 
     A labelled pixel is kept when the probability of its true class is at most `threshold`. When
@@ -84,7 +84,7 @@ def ohem_cross_entropy(
         ignore_index: label of pixels that do not count.
 
     Returns:
-        Scalar, mean over the kept pixels; 0 when no pixel is labelled.
+        Scalar, mean over the kept pixels, 0 when no pixel is labelled; and how many were kept.
     """
     loss = functional.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
     valid = label != ignore_index
@@ -95,4 +95,4 @@ def ohem_cross_entropy(
         if min_kept > 0:
             bar = torch.minimum(bar, loss.detach().topk(min_kept).values[-1])
         loss = loss[loss.detach() >= bar]
-    return loss.sum() / max(loss.numel(), 1)
+    return loss.sum() / max(loss.numel(), 1), label.new_tensor(loss.numel())

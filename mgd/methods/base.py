@@ -25,7 +25,7 @@ class OHEM(Section):
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """Probability of the true class up to which a pixel is hard."""
     min_kept_per_image: Annotated[int, Field(ge=0)] = 50_000
-    """Pixels kept at the least, times the images of a process."""
+    """Pixels kept at the least, times the images of a process, among which they are looked for."""
 
 
 class MethodSection(Section):
@@ -132,8 +132,9 @@ class Method:
             label: `[b, H, W]`.
         """
         if (ohem := self.config.ohem) is not None:
-            return supervised.ohem_cross_entropy(
-                logits, label, ohem.threshold, ohem.min_kept_per_image * label.shape[0], IGNORE_INDEX
+            min_kept = ohem.min_kept_per_image * label.shape[0]
+            return balance_processes(
+                *supervised.ohem_cross_entropy(logits, label, ohem.threshold, min_kept, IGNORE_INDEX)
             )
         return balance_processes(supervised.cross_entropy(logits, label, IGNORE_INDEX), (label != IGNORE_INDEX).sum())
 

@@ -35,7 +35,7 @@ class SegOutput(NamedTuple):
     logits: Tensor
     """`[B, K, H, W]` float32, at input size."""
     features: Tensor
-    """`[B, C, H/4, W/4]`, the decoder map before the classifier."""
+    """`[B, C, h, w]`, the decoder map before the classifier; h = H/4 but in `lraspp`, where it is H/8 or more."""
 
 
 class Prediction(NamedTuple):

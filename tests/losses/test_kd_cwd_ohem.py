@@ -85,7 +85,7 @@ def test_ohem_restated(threshold, min_kept):
     logits, label = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randint(4, (2, 5, 6))
     label[0, :2] = 255
     expected = _ohem_restated(logits, label, threshold, min_kept)
-    assert ohem_cross_entropy(logits, label, threshold, min_kept).item() == pytest.approx(expected, rel=1e-6)
+    assert ohem_cross_entropy(logits, label, threshold, min_kept)[0].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_ohem_corner_cases():
@@ -94,14 +94,16 @@ def test_ohem_corner_cases():
     label = torch.zeros(1, 1, 4, dtype=torch.long)
     by_pixel = [cross_entropy(logits[..., i : i + 1], label[..., i : i + 1]).item() for i in range(4)]
     # Fewer valid pixels than min_kept: all of them.
-    assert ohem_cross_entropy(logits, label, 0.7, 10).item() == pytest.approx(sum(by_pixel) / 4)
+    assert ohem_cross_entropy(logits, label, 0.7, 10)[0].item() == pytest.approx(sum(by_pixel) / 4)
     # Enough hard ones: exactly those at or under the threshold.
-    assert ohem_cross_entropy(logits, label, 0.7, 1).item() == pytest.approx(by_pixel[0])
+    assert ohem_cross_entropy(logits, label, 0.7, 1)[0].item() == pytest.approx(by_pixel[0])
     # Too few: the threshold rises to the third hardest.
-    assert ohem_cross_entropy(logits, label, 0.7, 3).item() == pytest.approx(sum(by_pixel[:3]) / 3)
+    loss, count = ohem_cross_entropy(logits, label, 0.7, 3)
+    assert loss.item() == pytest.approx(sum(by_pixel[:3]) / 3) and count == 3
     # Ties with the last one kept are kept.
-    assert ohem_cross_entropy(logits, label, 0.1, 1).item() == pytest.approx(sum(by_pixel[:2]) / 2)
+    assert ohem_cross_entropy(logits, label, 0.1, 1)[0].item() == pytest.approx(sum(by_pixel[:2]) / 2)
     # Nothing labelled: zero, and no gradient.
-    loss = ohem_cross_entropy(logits, torch.full_like(label, 255), 0.7, 2)
+    loss, count = ohem_cross_entropy(logits, torch.full_like(label, 255), 0.7, 2)
+    assert count == 0
     loss.backward()
     assert loss.item() == 0 and not logits.grad.any()

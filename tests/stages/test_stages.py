@@ -7,7 +7,7 @@ import sys
 
 import PIL.Image
 import pytest
-from conftest import ROOT, run_stage
+from conftest import ROOT, call_stage, run_stage
 
 RUN_FILES = {
     "recipe.toml",
@@ -50,6 +50,15 @@ def mgd_recipe(write_recipe, tmp_path):
         teachers={name: {"recipe": str(tmp_path / f"{name}.toml")} for name in ("deep", "wide")},
         eval={"baselines": [str(tmp_path / "baseline.toml")], "every": 2},
     )
+
+
+def test_baselines_come_first_without_teachers_too(write_recipe, tmp_path, capsys):
+    write_recipe("baseline.toml", run={"name": "baseline"})
+    path = write_recipe(method={"name": "mean_teacher"}, eval={"baselines": [str(tmp_path / "baseline.toml")]})
+    for printed in ("is not finished; training it now", "tiny: finished, mIoU"):
+        status, out, err = call_stage(capsys, "teacher_cps.py", "--recipe", path, "--json", tmp_path / "table.json")
+        assert status == 0 and printed in out, err
+        assert [row["run"] for row in json.loads((tmp_path / "table.json").read_text())] == ["baseline", "tiny"]
 
 
 def test_the_main_job(mgd_recipe, tmp_path, run_here):

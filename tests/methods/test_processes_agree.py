@@ -1,0 +1,53 @@
+"""Labelled pixels that are not spread evenly: two processes learn what one would."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from torch.nn import functional
+
+from mgd.methods.base import OHEM
+from mgd.methods.supervised import Supervised, SupervisedConfig
+
+RANK = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from mgd.methods.base import OHEM
+from mgd.methods.supervised import Supervised, SupervisedConfig
+rank, file = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
+batch = load_file(file)
+logits, label = batch["logits"], batch["label"]
+for ohem in (None, OHEM(threshold=0.3, min_kept_per_image=0)):
+    mine = logits[rank :: 2].clone().requires_grad_()
+    loss = Supervised(SupervisedConfig(ohem=ohem), []).labeled_loss(mine, label[rank :: 2])
+    loss.backward()
+    gradient = torch.zeros_like(logits)
+    gradient[rank :: 2] = mine.grad
+    both = torch.cat([loss.detach().reshape(1), gradient.flatten()])
+    torch.distributed.all_reduce(both)
+    if rank == 0:
+        save_file({"mean": both / 2}, file + (".ohem" if ohem else ".all"))  # what DistributedDataParallel averages
+"""
+
+
+def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
+    torch.manual_seed(0)
+    logits, label = torch.randn(4, 5, 6, 7) * 2, torch.randint(5, (4, 6, 7))
+    label[0, :5], label[2] = 255, 255  # the first process has one row of labels, the second all of them
+    file = tmp_path / "batch.safetensors"
+    save_file({"logits": logits, "label": label}, file)
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(file)], cwd=ROOT) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    loss = functional.cross_entropy(logits.requires_grad_(), label, ignore_index=255, reduction="none")
+    hard = (label != 255) & (logits.softmax(1).gather(1, label.clamp(max=4)[:, None])[:, 0] <= 0.3)
+    for name, chosen in (("all", label != 255), ("ohem", hard)):
+        (gradient,) = torch.autograd.grad(loss[chosen].mean(), logits, retain_graph=True)
+        found = load_file(f"{file}.{name}")["mean"]
+        assert found[0].item() == pytest.approx(loss[chosen].mean().item(), rel=1e-6)
+        assert torch.allclose(found[1:].view_as(gradient), gradient, rtol=1e-5, atol=1e-8)
+    with_ohem = Supervised(SupervisedConfig(ohem=OHEM(threshold=0.3, min_kept_per_image=0)), [])
+    assert with_ohem.labeled_loss(logits, label).item() == pytest.approx(loss[hard].mean().item(), rel=1e-6)
