@@ -1,6 +1,9 @@
 """Recipes of the CamVid benchmark: text built from constants, see generate.py."""
 
+import csv
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 import paper
 
@@ -29,10 +32,9 @@ SIZES = {
     "full": {"image_scale": "1.0", "crop": 320, "width": (128, 48), "batch_size": 8, "steps": (3000, 4000)},
     "half": {"image_scale": "0.5", "crop": 160, "width": (64, 48), "batch_size": 4, "steps": (400, 400)},
 }
-COSTS = {
-    "full": "Val mIoU and cost: not measured; a GPU is meant",
-    "half": "Val mIoU and cost, where measured: recipes/camvid/report.md, one CPU core",
-}
+MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
+# What stages/report.py made of the runs so far; a row counts while the recipe still has its steps.
+RESULTS = Path(__file__).resolve().parent / "camvid" / "report.csv"
 # Optimiser, rate and OHEM were chosen once, for the supervised lite0 student with 300 steps and a seed that no table
 # shows (10; val mIoU: SGD 0.014 38.4, AdamW 1e-3 41.5, 3e-3 42.3, 2e-3 with OHEM 43.5); all methods have the same.
 LEARNING_RATE = 2e-3
@@ -110,6 +112,25 @@ def _name(size: str, network: str, share: str) -> str:
     return f"{size}_{network}_{share.replace('/', '-')}"
 
 
+@functools.cache
+def _results() -> dict[str, dict[str, str]]:
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def _result(name: str, steps: int) -> str | None:
+    """Word what a recipe reached and what it took, if it has been run as it stands."""
+    row = _results().get(f"camvid_{name}")
+    if row is None or int(row["steps"]) != steps:
+        return None
+    spread = f" ± {float(row['spread']):.1f}" if row["spread"] else ""
+    counts = f"{row['labeled']} / {row['unlabeled']} images"
+    return (
+        f"Ours: val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}), "
+        f"{float(row['minutes']):.0f} minutes of one CPU core"
+    )
+
+
 def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str) -> tuple[str, str]:
     """Return name and text of one recipe; `body`: its [teachers] and [method]."""
     is_teacher, numbers = network in TEACHERS, SIZES[size]
@@ -119,7 +140,7 @@ def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str
     stage = "distill" if "[teachers" in body else "teacher_cps"
     sections = [
         f"# accelerate launch stages/{stage}.py --recipe recipes/camvid/{name}.toml\n"
-        f"# CamVid: {note}. {COSTS[size]}.\n"
+        f"# CamVid: {note}. {_result(name, steps) or f'Not measured; {MACHINE[size]}'}.\n"
         "# Written by recipes/generate.py.\n",
         f'[run]\nname = "camvid_{name}-s{{seed}}"\n',
         DATA.format(share=share, **numbers),
