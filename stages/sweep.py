@@ -31,6 +31,8 @@ from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.runs import is_held  # noqa: E402
 
 STAGES = Path(__file__).resolve().parent
+Cells = dict[Path, tuple[Recipe, list[str]]]
+"""Folder of a run -> its recipe and the overrides it was read with."""
 
 
 def main() -> None:
@@ -49,13 +51,28 @@ def main() -> None:
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
     args = flags.parse_args()
 
-    # ---- everything is read before hours are spent ----
-    cells: dict[Path, tuple[Recipe, list[str]]] = {}
+    cells = read_cells(args.recipes, args.seeds, args.set)
+    found = run_cells(cells, args.launch)
+    rows = [cli.result_row(found[folder]) if found[folder] else _empty_row(cells[folder][0]) for folder in cells]
+    cli.print_rows(rows, args.json)
+    if failed := [folder.name for folder in cells if not found[folder]]:
+        raise UserError(
+            f"{len(failed)} of {len(cells)} did not finish: {', '.join(failed)}; the same command tries them again"
+        )
+
+
+def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Cells:
+    """Read every recipe with every seed, and check that they fit together, before hours are spent.
+
+    Raises:
+        UserError: a recipe is wrong, or two different ones would write one folder.
+    """
+    cells: Cells = {}
     writers: dict[str, Recipe] = {}
-    for seed in args.seeds:
-        for path in args.recipes:
-            overrides = [*args.set, f"run.seed={seed}"]
-            recipe = load(path, overrides)
+    for seed in seeds:
+        for path in paths:
+            sets = [*overrides, f"run.seed={seed}"]
+            recipe = load(path, sets)
             if other := cells.get(recipe.run_dir.resolve()):
                 if (Path(path).resolve(), seed) == (Path(other[0].source).resolve(), other[0].run.seed):
                     continue  # named twice
@@ -67,43 +84,42 @@ def main() -> None:
             for title, needed in {"the run": recipe, **needed_recipes(recipe)}.items():
                 finished(needed)
                 writers[f"{title} of {path}, seed {seed},"] = needed
-            cells[recipe.run_dir.resolve()] = (recipe, overrides)
+            cells[recipe.run_dir.resolve()] = (recipe, sets)
     check_folders(writers)
+    return cells
 
-    # ---- one cell after the other; one that fails does not stop the others ----
-    done: dict[Path, dict | None] = {}
+
+def run_cells(cells: Cells, launch: Sequence[str]) -> dict[Path, dict[str, Any] | None]:
+    """Run one cell after the other; one that fails does not stop the others.
+
+    Returns:
+        folder -> metrics.json, or None of a cell that failed.
+    """
+    found: dict[Path, dict[str, Any] | None] = {}
     waiting_for = 0
-    while todo := [folder for folder in cells if folder not in done]:
-        folder = next((folder for folder in todo if not _in_work(cells[folder][0])), None)
+    while left := [folder for folder in cells if folder not in found]:
+        folder = next((folder for folder in left if not _in_work(cells[folder][0])), None)
         if folder is None:
-            if len(todo) != waiting_for:
-                waiting_for = len(todo)
+            if len(left) != waiting_for:
+                waiting_for = len(left)
                 print(f"waiting: all of the {waiting_for} left are in work elsewhere, or need what is", flush=True)
             time.sleep(2)
             continue
         recipe, overrides = cells[folder]
         try:
-            if not (result := finished(recipe)):
-                print(f"[{len(done) + 1}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
-                status = run_stage(args.launch, recipe, overrides)
-                result = finished(recipe)
-                if not result and _in_work(recipe):
+            if not (metrics := finished(recipe)):
+                print(f"[{len(found) + 1}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
+                status = run_stage(launch, recipe, overrides)
+                metrics = finished(recipe)
+                if not metrics and _in_work(recipe):
                     continue  # another sweep was quicker, by a moment
-                if not result:
+                if not metrics:
                     raise UserError(f"{recipe.run_dir}: ended with status {status} and left no result")
-            done[folder] = result
+            found[folder] = metrics
         except UserError as error:
             print(f"note: {error}", flush=True)
-            done[folder] = None
-
-    # ---- what came out ----
-    cli.print_rows(
-        [cli.result_row(done[folder]) if done[folder] else _empty_row(cells[folder][0]) for folder in cells], args.json
-    )
-    if failed := [folder.name for folder in cells if not done[folder]]:
-        raise UserError(
-            f"{len(failed)} of {len(cells)} did not finish: {', '.join(failed)}; the same command tries them again"
-        )
+            found[folder] = None
+    return found
 
 
 def _in_work(recipe: Recipe) -> bool:
