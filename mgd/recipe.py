@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -415,10 +416,17 @@ def _teachers(tables: Any, errors: list[str]) -> tuple[dict[str, Section | None]
     mode = tables.get("mode", "online")
     if mode not in ("online", "cached"):
         errors.append(f'[teachers] mode: {mode!r}; choices: "online", "cached" (no teacher can be named mode)')
-    found = {
-        name: _validate(Teacher, table, f"teachers.{name}", errors) for name, table in tables.items() if name != "mode"
-    }
+    found = {}
+    for name, table in tables.items():
+        if name != "mode":
+            _check_name(name, "teachers", errors)
+            found[name] = _validate(Teacher, table, f"teachers.{name}", errors)
     return found, mode == "cached"
+
+
+def _check_name(name: str, where: str, errors: list[str]) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        errors.append(f"[{where}] {name!r}: a name is letters, digits, - and _, which --set can reach")
 
 
 def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
@@ -464,6 +472,7 @@ def _with_networks(model: type[Section], table: Any, where: str, errors: list[st
         if isinstance(tables := table.get(key), Mapping):
             checked = {}
             for name, inner in tables.items():
+                _check_name(name, f"{where}.{key}", errors)
                 place = f"{where}.{key}.{name}"
                 head = _student_model(inner, errors, place)
                 found = None if head is None else _validate(head, inner, place, errors)

@@ -1,10 +1,11 @@
 import json
+import re
 import subprocess
 import sys
 import tomllib
 
 import pytest
-from conftest import ROOT
+from conftest import ONLINE, ROOT, TEACHER
 
 from mgd.errors import UserError
 from mgd.recipe import load
@@ -75,6 +76,17 @@ def test_mgd_terms_must_name_the_teachers(write_recipe):
         load(path, ["teachers.wide.recipe=y"])
     with pytest.raises(UserError, match=r"\[teachers.deep\]: give either recipe or checkpoint"):
         load(path, ["teachers.deep.checkpoint=y"])
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "deep/wide", "tief ü"])
+def test_names_of_teachers_can_be_reached(write_recipe, name):
+    method = {"name": "kd", "distill_from": [name]}
+    path = write_recipe(method=method, teachers={name: {"recipe": "x"}})
+    with pytest.raises(UserError, match=re.escape(f"[teachers] {name!r}: a name is letters, digits, - and _")):
+        load(path)
+    path = write_recipe(method=ONLINE | {"teachers": {name: TEACHER}})
+    with pytest.raises(UserError, match=re.escape(f"[method.teachers] {name!r}: a name is letters")):
+        load(path)
 
 
 def test_missing_and_broken_files(tmp_path, write_recipe):
