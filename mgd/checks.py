@@ -62,24 +62,26 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.run_dir / "partition.json"
     if done is None or not path.exists():
         return done
-    there = read_json(path, ("labeled", "unlabeled", "skipped"))
+    there = {"skipped": {}, "pool": "", "val": None} | read_json(path, ("labeled", "unlabeled"))
+    pool = recipe.data.unlabeled
     try:
         splits = load_splits(recipe.data)
         drawn = split_data(recipe, splits)
+        same_pool = pool is None or identity(pool) == there["pool"]
     except UserError:
         return done  # a result outlives its images; whoever needs them is told so
-    streamed = recipe.data.unlabeled is not None and recipe.data.unlabeled.streaming
-    unlabeled = () if streamed else drawn.unlabeled
-    left_out = [name for name in there["skipped"] if name.startswith("validation: ")]
-    now = [set(drawn.labeled) - set(there["skipped"]), set(unlabeled) - set(there["skipped"])]
-    num_val = len(splits.val) - len(left_out)
-    if now != [set(there["labeled"]), set(there["unlabeled"])] or num_val != done.get("num_val", num_val):
-        before = f"{len(there['labeled'])} / {len(there['unlabeled'])} / {done.get('num_val')}"
+    skipped = set(there["skipped"])
+    labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
+    val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
+    then = {key: set(there[key]) for key in ("labeled", "unlabeled", "val") if there[key] is not None}
+    now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}
+    if not same_pool or any(now[key] != names for key, names in then.items()):
+        counts = [" / ".join(str(len(names)) for names in which.values()) for which in (then, now)]
         raise UserError(
             f"{recipe.run_dir} was trained on other images than [data] and [partition] name now (labelled / unlabelled "
-            f"/ to evaluate on: {before} then, {len(now[0])} / {len(now[1])} / {num_val} now); keep it and write "
-            "elsewhere (--set run.output=..., where teachers and baselines follow), or train it anew: "
-            f"{recipe.command} --restart"
+            f"/ to evaluate on: {counts[0]} then, {counts[1]} now{'' if same_pool else ', another [data.unlabeled]'}); "
+            "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
+            f"anew: {recipe.command} --restart"
         )
     return done
 
@@ -202,7 +204,7 @@ def _check_images(
     unlabeled = tuple(name for name in unlabeled if name not in problems["unlabelled"])
     skipped = problems["labelled"] | problems["unlabelled"]
     skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
-    return splits, Split(labeled, unlabeled, skipped), (first.height, first.width)
+    return splits, Split(labeled, unlabeled, skipped, val=tuple(val)), (first.height, first.width)
 
 
 def _read_all(

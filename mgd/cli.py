@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from mgd.data.loaders import available_cpus
-from mgd.errors import Stopped, UserError
+from mgd.errors import Busy, Stopped, UserError
 from mgd.files import write_json
 from mgd.recipe import Recipe
 from mgd.report import markdown
@@ -127,7 +127,7 @@ def result_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2.
+    """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2 (75: another process is at it).
 
     SIGTERM and Ctrl-C end it with one line and 128 + the number of the signal.
     """
@@ -138,7 +138,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         # A data worker hands its exception over with its traceback as text before the message.
         message = str(error).rpartition("UserError: ")[2] if str(error).startswith("Caught ") else str(error)
-        sys.exit(_fail(message.strip()))
+        sys.exit(_fail(message.strip(), Busy.STATUS if isinstance(error, Busy) else 2))
     except Stopped as stop:
         sys.exit(_fail(f"stopped by {signal.Signals(stop.number).name}; {stop}", status=128 + stop.number))
     finally:

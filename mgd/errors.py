@@ -16,6 +16,12 @@ class UserError(ValueError):
     """
 
 
+class Busy(UserError):
+    """Another process is at it; a stage exits with `STATUS` instead of 2, and the same command may do later."""
+
+    STATUS = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class Stopped(BaseException):
     """A signal asked the run to end. Like KeyboardInterrupt it is not an Exception, lest it be swallowed.
 

@@ -13,7 +13,7 @@ from mgd.recipe import DataSection, Partition, Recipe, load
 from mgd.runs import recipe_differences
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
-_HOW_RUN = ("run.checkpoint_every=", "run.log_every=", "run.threads=", "run.compile=")
+_HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
 _OF_BASELINES = ("student.", "optim.", "eval.", "method.ohem")
 
 
@@ -35,9 +35,14 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
     needed = {}
     for title, (path, seed_offset) in wanted.items():
         is_baseline = title not in recipe.teachers
+        seed = recipe.run.seed + seed_offset
+        if seed < 0:
+            raise UserError(
+                f"[teachers.{title}] seed_offset = {seed_offset}: run.seed = {recipe.run.seed} is too small"
+            )
         shared = ("data.", "partition.", *_HOW_RUN, *(_OF_BASELINES if is_baseline else ()))
-        overrides = [override for override in recipe.overrides if override.startswith(shared)]
-        overrides.append(f"run.seed={recipe.run.seed + seed_offset}")
+        overrides = [override for override in recipe.overrides if override.strip().startswith(shared)]
+        overrides.append(f"run.seed={seed}")
         overrides.append(f"partition.seed={recipe.partition_seed}")
         overrides.append(f"run.output={json.dumps(recipe.run.output)}")
         if recipe.run.tracker:
@@ -92,6 +97,18 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
                 f"{theirs[section].get(key)!r}, here {mine[section].get(key)!r}; make them equal"
                 + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
             )
+
+
+def folders_of(recipe: Recipe, needed: Mapping[str, Recipe]) -> list[Path]:
+    """Return the folders that another process must not be writing when a run starts.
+
+    Args:
+        recipe: of the run.
+        needed: its teachers and baselines, see `needed_recipes`.
+    """
+    given = [Path(teacher.checkpoint) for teacher in recipe.teachers.values() if teacher.checkpoint]
+    own = [recipe.run_dir, *([recipe.cache_dir] if recipe.cache else [])]
+    return [*own, *(other.run_dir for other in needed.values()), *given]
 
 
 def refuse_students(recipe: Recipe) -> None:

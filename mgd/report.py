@@ -124,7 +124,8 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
             continue
         label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
         shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key, recipe)}
-        cell = cells.setdefault(json.dumps([label, shape], sort_keys=True), Cell(label, recipe, cost, []))
+        counts = [metrics["num_labeled"], metrics["num_val"]]  # the same recipe may have met other images
+        cell = cells.setdefault(json.dumps([label, shape, counts], sort_keys=True), Cell(label, recipe, cost, []))
         twin = next((path for path, other in cell.runs if other["seed"] == metrics["seed"]), None)
         if twin is None:
             cell.runs.append((folder, metrics))

@@ -6,16 +6,17 @@ import os
 import platform
 import resource
 import shutil
+import time
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import nn
 
 from mgd.data.partitions import Split
-from mgd.errors import UserError
+from mgd.errors import Busy, UserError
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import Recipe, parse
 from mgd.tables import flatten
@@ -71,7 +72,8 @@ def hold(folder: Path, instead: str = "or give this run another name: --set run.
         instead: what else than waiting there is to do.
 
     Raises:
-        UserError: another process holds it.
+        Busy: another process holds it.
+        UserError: its place cannot be written.
     """
     path = folder.with_name(f".{folder.name}.lock")
     try:
@@ -82,10 +84,10 @@ def hold(folder: Path, instead: str = "or give this run another name: --set run.
     with file:
         try:
             if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
         except BlockingIOError as error:
             file.seek(0)
-            raise UserError(
+            raise Busy(
                 f"{folder} is being written by another process (pid {file.read().strip() or 'unknown'}); wait for it, "
                 f"stop it, {instead}"
             ) from error
@@ -95,6 +97,16 @@ def hold(folder: Path, instead: str = "or give this run another name: --set run.
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _lock(file: TextIO) -> None:
+    for patience in (0.01, 0.05, 0.1, 0):  # `is_held` may be looking at this very moment
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not patience:
+                raise
+            time.sleep(patience)
 
 
 def is_held(folder: Path) -> bool:

@@ -21,18 +21,30 @@ import subprocess  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, NamedTuple  # noqa: E402
 
 from mgd import cli  # noqa: E402
 from mgd.checks import finished  # noqa: E402
-from mgd.errors import Stopped, UserError  # noqa: E402
-from mgd.needed import check_folders, needed_recipes, refuse_students  # noqa: E402
+from mgd.errors import Busy, Stopped, UserError  # noqa: E402
+from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.runs import is_held  # noqa: E402
+from mgd.runs import finished_metrics, is_held  # noqa: E402
 
 STAGES = Path(__file__).resolve().parent
-Cells = dict[Path, tuple[Recipe, list[str]]]
-"""Folder of a run -> its recipe and the overrides it was read with."""
+
+
+class Cell(NamedTuple):
+    """One recipe with one seed."""
+
+    recipe: Recipe
+    overrides: list[str]
+    """What it was read with."""
+    folders: list[Path]
+    """What no other process may be writing when it starts."""
+
+
+Cells = dict[Path, Cell]
+"""By the folder of the run."""
 
 
 def main() -> None:
@@ -53,7 +65,7 @@ def main() -> None:
 
     cells = read_cells(args.recipes, args.seeds, args.set)
     found = run_cells(cells, args.launch)
-    rows = [cli.result_row(found[folder]) if found[folder] else _empty_row(cells[folder][0]) for folder in cells]
+    rows = [cli.result_row(found[folder]) if found[folder] else _empty_row(cells[folder].recipe) for folder in cells]
     cli.print_rows(rows, args.json)
     if failed := [folder.name for folder in cells if not found[folder]]:
         raise UserError(
@@ -73,18 +85,20 @@ def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[s
         for path in paths:
             sets = [*overrides, f"run.seed={seed}"]
             recipe = load(path, sets)
-            if other := cells.get(recipe.run_dir.resolve()):
-                if (Path(path).resolve(), seed) == (Path(other[0].source).resolve(), other[0].run.seed):
+            if there := cells.get(recipe.run_dir.resolve()):
+                same = there.recipe
+                if (Path(path).resolve(), seed) == (Path(same.source).resolve(), same.run.seed):
                     continue  # named twice
                 raise UserError(
-                    f"{path}, seed {seed}, and {other[0].source}, seed {other[0].run.seed}, both write "
+                    f"{path}, seed {seed}, and {same.source}, seed {same.run.seed}, both write "
                     f"{recipe.run_dir}; give each a [run] name of its own, with {{seed}}"
                 )
             refuse_students(recipe)
-            for title, needed in {"the run": recipe, **needed_recipes(recipe)}.items():
-                finished(needed)
-                writers[f"{title} of {path}, seed {seed},"] = needed
-            cells[recipe.run_dir.resolve()] = (recipe, sets)
+            needed = needed_recipes(recipe)
+            for title, other in {"the run": recipe, **needed}.items():
+                finished(other)
+                writers[f"{title} of {path}, seed {seed},"] = other
+            cells[recipe.run_dir.resolve()] = Cell(recipe, sets, folders_of(recipe, needed))
     check_folders(writers)
     return cells
 
@@ -98,33 +112,28 @@ def run_cells(cells: Cells, launch: Sequence[str]) -> dict[Path, dict[str, Any] 
     found: dict[Path, dict[str, Any] | None] = {}
     waiting_for = 0
     while left := [folder for folder in cells if folder not in found]:
-        folder = next((folder for folder in left if not _in_work(cells[folder][0])), None)
+        folder = next((folder for folder in left if not any(map(is_held, cells[folder].folders))), None)
         if folder is None:
             if len(left) != waiting_for:
                 waiting_for = len(left)
                 print(f"waiting: all of the {waiting_for} left are in work elsewhere, or need what is", flush=True)
             time.sleep(2)
             continue
-        recipe, overrides = cells[folder]
+        cell = cells[folder]
         try:
-            if not (metrics := finished(recipe)):
-                print(f"[{len(found) + 1}/{len(cells)}] {recipe.source}, seed {recipe.run.seed}", flush=True)
-                status = run_stage(launch, recipe, overrides)
-                metrics = finished(recipe)
-                if not metrics and _in_work(recipe):
+            if not finished_metrics(cell.recipe):
+                print(f"[{len(found) + 1}/{len(cells)}] {cell.recipe.source}, seed {cell.recipe.run.seed}", flush=True)
+                status = run_stage(launch, cell.recipe, cell.overrides)
+                if status == Busy.STATUS:
+                    time.sleep(2)
                     continue  # another sweep was quicker, by a moment
-                if not metrics:
-                    raise UserError(f"{recipe.run_dir}: ended with status {status} and left no result")
-            found[folder] = metrics
+                if not finished_metrics(cell.recipe):
+                    raise UserError(f"{cell.recipe.run_dir}: ended with status {status} and left no result")
+            found[folder] = finished_metrics(cell.recipe)
         except UserError as error:
             print(f"note: {error}", flush=True)
             found[folder] = None
     return found
-
-
-def _in_work(recipe: Recipe) -> bool:
-    """Whether another process is busy with a run, or with one that it needs."""
-    return any(is_held(needed.run_dir) for needed in (recipe, *needed_recipes(recipe).values()))
 
 
 def _words(text: str) -> list[str]:

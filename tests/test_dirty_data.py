@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from conftest import TINY
 
-from mgd.checks import check_recipe
+from mgd.checks import _load_splits, check_recipe, finished
 from mgd.data.loaders import Images
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
@@ -127,6 +127,11 @@ def test_bad_files_are_refused_before_training_or_skipped_and_listed(folder, rec
         metrics = run_recipe(recipe_of(on_error="skip"), Accelerator())
         assert np.isfinite(metrics["miou"]) and metrics["num_val"] == 1 and metrics["skipped_images"] == 1
         assert json.loads((tmp_path / "runs" / "tiny" / "partition.json").read_text()) == manifest | {"teachers": {}}
+        assert finished(recipe_of(on_error="skip"))
+        for place in ("images", "masks"):  # what was left out may go
+            (folder / "val" / place / f"{skipped.removeprefix('validation: ')}.png").unlink()
+        _load_splits.cache_clear()
+        assert finished(recipe_of(on_error="skip"))
 
 
 def test_all_bad_files_are_counted_at_once(folder, recipe_of):

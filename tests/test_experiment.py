@@ -126,6 +126,13 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 0 / 3 now"):
         finished(recipe)
     (root / "val" / "masks" / "z.png").unlink()
+    for part in ("images", "masks"):
+        (root / "val" / part / "y.png").rename(root / "val" / part / "w.png")
+    checks._load_splits.cache_clear()
+    with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 0 / 2 now"):
+        finished(recipe)
+    for part in ("images", "masks"):
+        (root / "val" / part / "w.png").rename(root / "val" / part / "y.png")
     checks._load_splits.cache_clear()
     assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
     root.rename(tmp_path / "elsewhere")
@@ -178,6 +185,8 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
         assert (recipe.partition_seed, recipe.run.checkpoint_every, recipe.data.crop) == (3, 7, 40)
     assert [recipe.optim.lr for recipe in (deep, baseline)] == [0.01, 0.5]
     assert [recipe.method.ohem.threshold for recipe in (deep, baseline)] == [0.7, 0.5]
+    with pytest.raises(UserError, match=r"\[teachers.twin\] seed_offset = -4: run.seed = 3 is too small"):
+        needed_recipes(load(path, [*sets, "teachers.twin.seed_offset=-4"]))
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
         write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
         needed_recipes(load(path))

@@ -139,6 +139,16 @@ def test_seeds_of_other_images_are_not_averaged(fake_run, tmp_path):
     assert len(cell.runs) == 2 and cell.title == "camvid (val), partitions: random"
 
 
+def test_runs_that_met_other_images_are_not_averaged(fake_run, tmp_path):
+    fake_run("a", 0, 50.0)
+    later = [fake_run("a", seed, 60.0, folder="runs/more") for seed in (0, 1)]
+    for place in later:  # the same recipe, after more masks had been painted
+        metrics = json.loads((place / "metrics.json").read_text()) | {"num_labeled": 6, "num_val": 7}
+        (place / "metrics.json").write_text(json.dumps(metrics))
+    cells, left_out = collect([tmp_path / "runs"])
+    assert left_out == [] and sorted((cell.mean, len(cell.runs)) for cell in cells) == [(50.0, 1), (60.0, 2)]
+
+
 @pytest.mark.parametrize(
     ("override", "stays"),
     [("run.seed=3", True), ("data.workers=1", True), ("optim.lr=0.1", False), ("partition.labeled=2", False)],

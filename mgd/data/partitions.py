@@ -25,6 +25,8 @@ class Split:
     num_streamed: int | None = None
     pool: str = ""
     """Identity of the files of [data.unlabeled]."""
+    val: tuple[str, ...] = ()
+    """Ids of the images to evaluate on, once they have been read."""
 
     @property
     def num_unlabeled(self) -> int | None:
@@ -51,6 +53,7 @@ class Split:
             "unlabeled": list(self.unlabeled),
             "skipped": dict(self.skipped),
             "pool": self.pool,
+            "val": list(self.val),
         }
 
 

@@ -34,8 +34,9 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
     skips = recipe.data.on_error == "skip"
     tried = _some(len(val), count, lambda index: Sample(*val[index][1:]), skips)
     read = _some(len(places), count, lambda i: Sample(to_tensor(pool.read(places[i], with_label=False)[0])), skips)
-    if not tried:
-        raise UserError(f"[data] none of {min(count, len(val))} validation images can be read")
+    for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(places))):
+        if not found:
+            raise UserError(f"[data] none of {min(count, total)} {what} images can be read")
     return tried, read
 
 

@@ -81,6 +81,17 @@ def test_what_others_are_at_is_waited_for(cells, tmp_path, capsys):
     assert "alone.toml" in order[0] and order[1].startswith("waiting: all of the 1 left") and "under.toml" in order[2]
 
 
+def test_a_stage_that_finds_another_at_its_run_is_started_again(cells, tmp_path, capsys):
+    with hold(tmp_path / "runs" / "alone-s0"):
+        status, _, err = call_stage(capsys, "teacher_cps.py", "--recipe", cells[0])
+    assert status == 75 and "is being written by another process" in err
+    launcher = tmp_path / "launcher"  # the first time another process is quicker, the second time it fails
+    launcher.write_text(f"#!/bin/sh\nif mkdir {tmp_path}/tried 2>/dev/null; then exit 75; fi; exit 3\n")
+    launcher.chmod(0o755)
+    status, out, err = call_stage(capsys, "sweep.py", cells[0], "--launch", launcher)
+    assert status == 2 and out.count("[1/1]") == 2 and "ended with status 3 and left no result" in out
+
+
 def test_cells_that_would_share_a_folder_are_refused_before_anything_runs(cells, tmp_path, capsys):
     teacher = tmp_path / "teacher.toml"
     status, out, err = call_stage(capsys, "sweep.py", *cells, teacher, "--set", "optim.steps=2", "--launch", "false")
