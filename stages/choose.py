@@ -74,6 +74,8 @@ def main() -> None:
     for name, network in zip(args.model, networks, strict=True):
         check_classes(recipe.data.class_names(), network, name)
     if args.strategy == "random":
+        if recipe.partition.balanced:
+            accelerator.print("note: [partition] balanced looks at masks, which are not there yet; this draw does not")
         chosen = _draw(recipe, images, budget)
     else:
         pool = list(range(len(images)))

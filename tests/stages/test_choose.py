@@ -93,7 +93,9 @@ def test_random_is_the_draw_of_the_recipe(write_recipe, choose, tmp_path):
     assert "| random   | 4      | 12 | 0          | 4        | 8          | 0        |" in out
     choose(recipe, "other", 4, "--strategy", "random", "--set", "run.seed=3", "--set", "partition.seed=1")
     assert lists(tmp_path / "other")[0] == list(split(Partition(labeled=4), TRAIN, [], seed=1).labeled)
-    choose(recipe, "less", 2, "--strategy", "random", "--set", "run.seed=3")
+    balanced = ("--set", "partition.balanced=true")
+    _, out, _ = choose(recipe, "less", 2, "--strategy", "random", "--set", "run.seed=3", *balanced)
+    assert "note: [partition] balanced looks at masks" in out
     more, less = ((tmp_path / name / "selected.txt").read_text() for name in ("third", "less"))
     assert more.startswith(less), "the first half of a draw is a draw"
 
