@@ -29,8 +29,7 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
     Raises:
         UserError: one of them sees other labels, or has teachers itself.
     """
-    wanted = {name: (teacher.recipe, teacher.seed_offset) for name, teacher in recipe.teachers.items()}
-    wanted = {name: source for name, source in wanted.items() if source[0]}
+    wanted = {name: (given.recipe, given.seed_offset) for name, given in recipe.teachers.items() if given.recipe}
     wanted |= {f"baseline {path}": (path, 0) for path in recipe.eval.baselines}
     needed = {}
     for title, (path, seed_offset) in wanted.items():

@@ -121,15 +121,15 @@ def run_cells(cells: Cells, launch: Sequence[str]) -> dict[Path, dict[str, Any] 
             continue
         cell = cells[folder]
         try:
-            if not finished_metrics(cell.recipe):
+            if not (metrics := finished_metrics(cell.recipe)):
                 print(f"[{len(found) + 1}/{len(cells)}] {cell.recipe.source}, seed {cell.recipe.run.seed}", flush=True)
                 status = run_stage(launch, cell.recipe, cell.overrides)
                 if status == Busy.STATUS:
                     time.sleep(2)
                     continue  # another sweep was quicker, by a moment
-                if not finished_metrics(cell.recipe):
+                if not (metrics := finished_metrics(cell.recipe)):
                     raise UserError(f"{cell.recipe.run_dir}: ended with status {status} and left no result")
-            found[folder] = finished_metrics(cell.recipe)
+            found[folder] = metrics
         except UserError as error:
             print(f"note: {error}", flush=True)
             found[folder] = None
