@@ -4,12 +4,16 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from mgd.export.base import Deployed, Exporter, Int8, Runner, Target, trace
 from mgd.registry import EXPORTERS
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 
 @EXPORTERS.register("onnx")
@@ -37,6 +41,8 @@ class OnnxExporter(Exporter):
                 verbose=False,
             )
         plain = path if int8 is None else path.with_name(f"{path.name}.float")
+        if target.baked:
+            _put_classes_last(program.model.graph)
         program.save(plain, external_data=False)
         if int8 is not None:
             _quantize(plain, path, int8)
@@ -52,6 +58,28 @@ class OnnxExporter(Exporter):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda pixels: session.run(None, {"image": pixels})[0]
+
+
+def _put_classes_last(graph: "onnx_ir.Graph") -> None:
+    """Enlarge the logits, and look for the likeliest class, with the classes as the innermost axis.
+
+    ONNX Runtime's kernels for both are several times as fast there as over `[B, K, H, W]`.
+    """
+    import onnx_ir as ir
+
+    argmax = next(node for node in graph if node.op_type == "ArgMax")
+    resize = argmax.inputs[0].producer()
+    assert resize.op_type == "Resize", resize
+    logits, sizes = resize.inputs[0], resize.inputs[3]
+    order = [0, 2, 3, 1]
+    transpose = ir.node("Transpose", [logits], {"perm": order})
+    indices = ir.node("Constant", [], {"value_ints": order})
+    gather = ir.node("Gather", [sizes, *indices.outputs])
+    enlarge = ir.node("Resize", [*transpose.outputs, None, None, *gather.outputs], resize.attributes)
+    likeliest = ir.node("ArgMax", enlarge.outputs, {"axis": 3, "keepdims": 0})
+    graph.insert_before(argmax, [transpose, indices, gather, enlarge, likeliest])
+    ir.convenience.replace_all_uses_with(argmax.outputs, likeliest.outputs)
+    graph.remove([argmax, resize], safe=True)
 
 
 def _quantize(plain: Path, path: Path, int8: Int8) -> None:
@@ -75,7 +103,7 @@ def _quantize(plain: Path, path: Path, int8: Int8) -> None:
         nodes = onnx.load(prepared).graph.node
         kept = [node.name for node in nodes if node.op_type == "Conv"][: int8.float_layers]
         # Pixels and logits have ranges that 8 bits do not do justice to, and cost little.
-        kept += [node.name for node in nodes if node.op_type in ("Sub", "Div", "Resize")]
+        kept += [node.name for node in nodes if node.op_type in ("Sub", "Div", "Resize", "ArgMax")]
         quantization.quantize_static(
             prepared,
             path,

@@ -27,6 +27,6 @@ def test_beside_segmentation_models_pytorch():
     head = {"name": "lraspp", "channels": 16}
     table = {"backbone": "test_resnet", "pretrained": False, "output_stride": 16, "head": head}
     rows = inference.suite(parse_model(table, source="test"), 3, 64, 1, repetitions=1)
-    assert [row["name"] for row in rows] == ["infer: fp32, ms", "infer: fp32 -> int8, ms"]
+    assert [row["name"] for row in rows] == ["infer: fp32, ms", "infer: baked, fp32 -> int8, ms"]
     assert all(row["ratio"] == row["reference"] / row["ours"] > 0 for row in rows)
     assert rows[0]["ours"] == rows[1]["reference"]

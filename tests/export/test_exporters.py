@@ -9,7 +9,7 @@ from timm.layers import Conv2dSame
 
 from mgd.errors import UserError
 from mgd.export import base
-from mgd.export.base import Deployed, Exporter, Target
+from mgd.export.base import Deployed, Exporter, Int8, Target
 from mgd.export.verify import Findings, Sample, judge, verified_export
 from mgd.models.segmenter import build_segmenter
 from mgd.recipe import parse_model
@@ -55,6 +55,7 @@ def exporter(name):
     "name, kind",
     [
         *((name, kind) for name in ("onnx", "torch_export") for kind in ("plain", "dynamic", "baked")),
+        ("onnx", "dynamic baked"),
         *((name, kind) for name in ("executorch", "litert") for kind in ("dynamic", "baked")),
         ("openvino", "baked"),
         pytest.param("openvino", "dynamic", marks=pytest.mark.slow),
@@ -62,7 +63,7 @@ def exporter(name):
 )
 def test_file_does_what_the_network_does(tmp_path, name, kind):
     found, model = exporter(name), network()
-    target = Target(64, 96, dynamic=kind == "dynamic", baked=kind == "baked")
+    target = Target(64, 96, dynamic="dynamic" in kind, baked="baked" in kind)
     path = tmp_path / f"file{found.suffix}"
     found.write(Deployed(model, target), target, path)
     run = found.open(path, threads=1)
@@ -77,6 +78,20 @@ def test_file_does_what_the_network_does(tmp_path, name, kind):
             assert (output == logits.argmax(dim=1).numpy()).mean() > 0.999
         else:
             assert np.allclose(run(given), logits.numpy(), atol=1e-3)
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_onnx_looks_for_classes_on_the_innermost_axis(tmp_path, int8):
+    found, target, path = exporter("onnx"), Target(64, 96, baked=True), tmp_path / "a.onnx"
+    pixels = [sample.pixels[None].numpy() for sample in samples(2)]
+    found.write(Deployed(network(), target), target, path, Int8(pixels) if int8 else None)
+    import onnx
+
+    nodes = onnx.load(path).graph.node
+    argmax = next(node for node in nodes if node.op_type == "ArgMax")
+    axis = next(attribute.i for attribute in argmax.attribute if attribute.name == "axis")
+    enlarge = next(node for node in nodes if argmax.input[0] in node.output)  # in float, with nothing in between
+    assert (axis, enlarge.op_type) == (3, "Resize")
 
 
 @pytest.mark.parametrize("head", ["lraspp"])
