@@ -18,19 +18,20 @@ METHODS = {
     "kd": "the student by pixel-wise distillation from both teachers, a baseline",
     "cwd": "the student by channel-wise distillation from both teachers, a baseline",
 }
-# Ours, not the paper's: changes to MGD that the benchmark tries. name -> what it replaces, by what, what it is
+# Ours, not the paper's: changes to MGD that the benchmark tries.
+SOFT = ("[method.pixel]\n", '[method.pixel]\nlabels = "soft"\nweight = 0.5  # two teachers: their mean\n')
+LIGHT = ("weight = 100.0\n", "weight = 10.0  # at 100 it pulls harder than all the rest: benchmark.py --suite terms\n")
+# name -> replacements in the text of the recipe, what it is
 VARIANTS = {
-    "soft": (
-        "[method.pixel]\n",
-        '[method.pixel]\nlabels = "soft"\n',
-        "MGD whose pixel term learns from the teachers' probabilities",
-    ),
+    "soft": ((SOFT,), "MGD whose pixel term learns from the teachers' mean probabilities, as KD does"),
+    "light": ((LIGHT,), "MGD with a tenth of the paper's lambda2"),
+    "soft_light": ((SOFT, LIGHT), "MGD by the teachers' mean probabilities and with a tenth of the paper's lambda2"),
 }
 
 # size -> constants of all its recipes; width: of the teachers' head and of the students'
 SIZES = {
     "full": {"image_scale": "1.0", "crop": 320, "width": (128, 48), "batch_size": 8, "steps": (3000, 4000)},
-    "half": {"image_scale": "0.5", "crop": 160, "width": (64, 48), "batch_size": 4, "steps": (400, 400)},
+    "half": {"image_scale": "0.5", "crop": 160, "width": (64, 48), "batch_size": 4, "steps": (1200, 1200)},
 }
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
 # What stages/report.py made of the runs so far; a row counts while the recipe still has its steps.
@@ -95,8 +96,9 @@ def all_recipes() -> Iterator[tuple[str, str]]:
                         body = "".join(paper.teacher(*named) for named in _teachers(size, share).items()) + body
                     yield _recipe(size, share, network, "" if method == "mgd" else f"_{method}", note, body)
                     if (share, network, method) == ("1/16", "lite0", "mgd"):
-                        for name, (old, new, what) in VARIANTS.items():
-                            yield _recipe(size, share, network, f"_{name}", what, body.replace(old, new))
+                        for name, (replacements, what) in VARIANTS.items():
+                            varied = functools.reduce(lambda text, pair: text.replace(*pair), replacements, body)
+                            yield _recipe(size, share, network, f"_{name}", what, varied)
         for ablation, row in paper.ABLATIONS.items():
             body = paper.ablated(row, _teachers(size, "1/16"), paper.mgd_values("camvid", "lite0"))
             note = f"MGD changed as in Table {row[-1]} of the paper"

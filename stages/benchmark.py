@@ -1,7 +1,8 @@
-"""Print what networks cost, or how fast a part of the tool is beside its reference.
+"""Print what networks cost, how hard each term of a loss pulls, or how fast a part is beside its reference.
 
 python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml
 python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml --suite step --set data.crop=256
+python stages/benchmark.py --recipe recipes/quickstart.toml --suite terms
 """
 
 import argparse
@@ -13,15 +14,22 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 import torch  # noqa: E402
+from accelerate.utils import send_to_device  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.benchmarks import data, evaluation, inference, step  # noqa: E402
+from mgd.benchmarks import data, evaluation, inference, step, terms  # noqa: E402
+from mgd.checks import check_classes, check_recipe  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
-from mgd.models.segmenter import model_section  # noqa: E402
+from mgd.data.loaders import StepSampler, training_loader  # noqa: E402
+from mgd.errors import UserError  # noqa: E402
+from mgd.experiment import build_networks, training_pairs  # noqa: E402
+from mgd.models.segmenter import load_segmenter, model_section  # noqa: E402
+from mgd.needed import needed_recipes, refuse_untrained  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
+from mgd.registry import METHODS  # noqa: E402
 from mgd.runs import device_name  # noqa: E402
 
-SUITES = ("costs", "step", "eval", "data", "infer", "students")
+SUITES = ("costs", "step", "terms", "eval", "data", "infer", "students")
 
 
 def main() -> None:
@@ -34,6 +42,7 @@ def main() -> None:
     )
     flags.add_argument("--compile", action="store_true", help="step: ours through torch.compile")
     flags.add_argument("--repetitions", type=cli.at_least(1), default=7, help="rounds that count; medians are printed")
+    flags.add_argument("--model", help="terms: a run whose student is looked at; left out, one that is not trained yet")
     flags.add_argument(
         "--size", type=cli.at_least(32), nargs="+", help="sides of the image, pixels; left out, the recipe's crop"
     )
@@ -42,6 +51,8 @@ def main() -> None:
     flags.add_argument("--backbones", nargs="+", default=inference.BACKBONES, help="students: timm names")
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
+    if args.suite == "terms":
+        return _terms(recipe, args)
     networks = dict(recipe.networks)
     for name, teacher in recipe.teachers.items():
         networks[name] = load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
@@ -102,6 +113,35 @@ def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
         inference.students(args.backbones, classes, size, args.threads, args.target_ms, args.repetitions), args.json
     )
     print(f"{where}; fits: p50 of at most {args.target_ms:g} ms")
+
+
+def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Print how hard each term of the loss pulls, on batches of a run under the recipe's trained teachers."""
+    needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
+    refuse_untrained(needed)
+    accelerator = cli.start(recipe)
+    device = accelerator.device
+    frozen = {
+        name: load_segmenter(teacher.checkpoint or needed[name].run_dir).to(device)
+        for name, teacher in recipe.teachers.items()
+    }
+    splits, partition = check_recipe(recipe, accelerator, frozen)
+    if partition.streamed:
+        raise UserError(f"{args.recipe}: the terms suite does not take a stream; leave [data.unlabeled] out")
+    networks = build_networks(recipe, splits)
+    if args.model:
+        networks[0] = load_segmenter(args.model)
+        check_classes(splits.classes, networks[0], "--model")
+        if networks[0].section != recipe.student.model_copy(update={"pretrained": False}):
+            raise UserError(f"--model {args.model} is another network than the [student] of {args.recipe}")
+    method = METHODS.get(recipe.method.name)(recipe.method, [network.to(device) for network in networks], frozen)
+    for network in networks:
+        network.train()
+    pairs = training_pairs(recipe, splits, partition)
+    sampler = StepSampler(0, args.repetitions, recipe.optim.batch_size, 0, 1)
+    batches = send_to_device(list(training_loader(pairs, sampler, 0, pin_memory=False)), device)
+    cli.print_rows(terms.suite(method, batches), args.json)
+    print(f"means of {args.repetitions} batches of {recipe.optim.batch_size}; gradient: of the weighted term, its norm")
 
 
 if __name__ == "__main__":
