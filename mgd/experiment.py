@@ -27,6 +27,7 @@ from mgd.inference import count_confusion, predict
 from mgd.metrics import Scores, scores
 from mgd.models.segmenter import build_segmenter, fingerprint
 from mgd.optim import total_steps
+from mgd.pictures import evenly
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
@@ -278,15 +279,10 @@ def _finish(
     network.save(folder / "model")
     write_text(folder / "model" / "recipe.toml", recipe.to_toml())
     plot_curves(log, folder / "curves.png")
-    chosen = sample_indices(len(val), 4)
+    chosen = evenly(len(val), 4)
     pictures = predict_samples(network, val, chosen, recipe, device)
     save_overlays(pictures, splits.classes, splits.colors, folder / "overlays.png")
     write_json(folder / "metrics.json", metrics)
-
-
-def sample_indices(count: int, wanted: int) -> list[int]:
-    """Return up to `wanted` positions, evenly spread over `count` images, the first and last included."""
-    return sorted({round(place * (count - 1) / max(1, wanted - 1)) for place in range(min(wanted, count))})
 
 
 def predict_samples(

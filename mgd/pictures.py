@@ -118,3 +118,9 @@ def read_picture(path: Path) -> PIL.Image.Image:
         return to_rgb(decode({"path": path, "bytes": None}))
     except UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """Return up to `wanted` positions, evenly spread over `count` images, the first and last included."""
+    wanted = min(count, wanted)
+    return [round(place * (count - 1) / max(1, wanted - 1)) for place in range(wanted)]

@@ -18,9 +18,10 @@ from mgd import cli  # noqa: E402
 from mgd.checks import load_splits  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import predict_samples, sample_indices  # noqa: E402
+from mgd.experiment import predict_samples  # noqa: E402
 from mgd.files import write_json, write_text  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.pictures import evenly  # noqa: E402
 from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
 from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of, tables  # noqa: E402
 
@@ -94,7 +95,7 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     device = cli.start(first).device
     splits = load_splits(first.data)
     images = Images(splits.val, splits.decoder, first.data.image_scale)
-    indices = sample_indices(len(images), samples)
+    indices = evenly(len(images), samples)
     pictures: list[tuple] = []
     titles = ["image", "truth"]
     for cell in chosen:

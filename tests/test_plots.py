@@ -5,7 +5,7 @@ import torch
 
 from mgd.data.public import Cityscapes
 from mgd.errors import UserError
-from mgd.pictures import colorize
+from mgd.pictures import colorize, evenly
 from mgd.plots import save_prediction
 
 
@@ -24,3 +24,11 @@ def test_predictions_are_palette_pngs_in_the_data_sets_own_values(tmp_path):
 def test_ignored_pixels_are_white():
     colors = colorize(np.array([[0, 255]]), [(1, 2, 3)])
     assert colors.tolist() == [[[1, 2, 3], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "places"),
+    [(3, 4, [0, 1, 2]), (4, 20, [0, 1, 2, 3]), (101, 5, [0, 25, 50, 75, 100]), (7, 1, [0]), (0, 4, [])],
+)
+def test_places_spread_evenly(count, wanted, places):
+    assert evenly(count, wanted) == places

@@ -7,9 +7,9 @@ from mgd.checks import check_classes, load_splits, split_data
 from mgd.data.loaders import EvaluationImages, Images
 from mgd.errors import UserError
 from mgd.experiment import training_images
-from mgd.export.verify import Sample, evenly
+from mgd.export.verify import Sample
 from mgd.models.segmenter import Segmenter
-from mgd.pictures import list_pictures, read_picture, rescale, to_tensor
+from mgd.pictures import evenly, list_pictures, read_picture, rescale, to_tensor
 from mgd.recipe import Recipe
 
 

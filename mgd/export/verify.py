@@ -227,9 +227,3 @@ def row(name: str, findings: Findings, size_bytes: int, speed: dict[str, float])
         "network's mIoU %": findings.miou_network,
         **speed,
     }
-
-
-def evenly(count: int, wanted: int) -> Sequence[int]:
-    """Return up to `wanted` positions spread evenly over `count`."""
-    wanted = min(count, wanted)
-    return [place * count // wanted for place in range(wanted)]
