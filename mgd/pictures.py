@@ -121,6 +121,6 @@ def read_picture(path: Path) -> PIL.Image.Image:
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """Return up to `wanted` positions, evenly spread over `count` images, the first and last included."""
+    """Return up to `wanted` positions, evenly spread over `count` images, from the first to the last."""
     wanted = min(count, wanted)
     return [round(place * (count - 1) / max(1, wanted - 1)) for place in range(wanted)]

@@ -20,12 +20,15 @@ METHODS = {
 }
 # Ours, not the paper's: changes to MGD that the benchmark tries.
 SOFT = ("[method.pixel]\n", '[method.pixel]\nlabels = "soft"\nweight = 0.5  # two teachers: their mean\n')
-LIGHT = ("weight = 100.0\n", "weight = 10.0  # at 100 it pulls harder than all the rest: benchmark.py --suite terms\n")
+LIGHT = ("weight = 100.0\n", "weight = 10.0  # a tenth of the paper's\n")
 # name -> replacements in the text of the recipe, what it is
 VARIANTS = {
-    "soft": ((SOFT,), "MGD whose pixel term learns from the teachers' mean probabilities, as KD does"),
+    "soft_mean": ((SOFT,), "MGD whose pixel term learns from the teachers' mean probabilities, as KD does"),
     "light": ((LIGHT,), "MGD with a tenth of the paper's lambda2"),
-    "soft_light": ((SOFT, LIGHT), "MGD by the teachers' mean probabilities and with a tenth of the paper's lambda2"),
+    "soft_mean_light": (
+        (SOFT, LIGHT),
+        "MGD by the teachers' mean probabilities and with a tenth of the paper's lambda2",
+    ),
 }
 
 # size -> constants of all its recipes; width: of the teachers' head and of the students'

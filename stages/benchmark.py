@@ -8,6 +8,7 @@ python stages/benchmark.py --recipe recipes/quickstart.toml --suite terms
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
@@ -23,10 +24,12 @@ from mgd.complexity import model_costs  # noqa: E402
 from mgd.data.loaders import StepSampler, training_loader  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import build_networks, training_pairs  # noqa: E402
+from mgd.files import write_json  # noqa: E402
 from mgd.models.segmenter import load_segmenter, model_section  # noqa: E402
 from mgd.needed import needed_recipes, refuse_untrained  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.registry import METHODS  # noqa: E402
+from mgd.report import markdown  # noqa: E402
 from mgd.runs import device_name  # noqa: E402
 
 SUITES = ("costs", "step", "terms", "eval", "data", "infer", "students")
@@ -41,7 +44,7 @@ def main() -> None:
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
     )
     flags.add_argument("--compile", action="store_true", help="step: ours through torch.compile")
-    flags.add_argument("--repetitions", type=cli.at_least(1), default=7, help="rounds that count; medians are printed")
+    flags.add_argument("--repetitions", type=cli.at_least(1), default=7, help="rounds that count; terms: batches")
     flags.add_argument("--model", help="terms: a run whose student is looked at; left out, one that is not trained yet")
     flags.add_argument(
         "--size", type=cli.at_least(32), nargs="+", help="sides of the image, pixels; left out, the recipe's crop"
@@ -107,7 +110,7 @@ def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.suite == "infer":
         cli.print_rows(inference.suite(recipe.student, classes, size, args.threads, args.repetitions), args.json)
         print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")
-        print("reference: DeepLabV3Plus of segmentation_models.pytorch with mobilenet_v2; for int8, ours in fp32")
+        print("reference: DeepLabV3Plus of segmentation_models.pytorch with mobilenet_v2; of int8, ours baked in fp32")
         return
     cli.print_rows(
         inference.students(args.backbones, classes, size, args.threads, args.target_ms, args.repetitions), args.json
@@ -117,6 +120,8 @@ def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print how hard each term of the loss pulls, on batches of a run under the recipe's trained teachers."""
+    if recipe.cache:
+        raise UserError("the terms suite asks the teachers themselves; --set teachers.mode=online")
     needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
     refuse_untrained(needed)
     accelerator = cli.start(recipe)
@@ -129,6 +134,8 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     if partition.streamed:
         raise UserError(f"{args.recipe}: the terms suite does not take a stream; leave [data.unlabeled] out")
     networks = build_networks(recipe, splits)
+    if args.model and len(networks) > 1:
+        raise UserError(f"--model is one network, and {recipe.method.name} trains {len(networks)}; leave it out")
     if args.model:
         networks[0] = load_segmenter(args.model)
         check_classes(splits.classes, networks[0], "--model")
@@ -140,7 +147,10 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     pairs = training_pairs(recipe, splits, partition)
     sampler = StepSampler(0, args.repetitions, recipe.optim.batch_size, 0, 1)
     batches = send_to_device(list(training_loader(pairs, sampler, 0, pin_memory=False)), device)
-    cli.print_rows(terms.suite(method, batches), args.json)
+    rows = terms.suite(method, batches)
+    print(markdown([row | {"weight": f"{row['weight']:g}"} for row in rows]))
+    if args.json:
+        write_json(Path(args.json), rows)
     print(f"means of {args.repetitions} batches of {recipe.optim.batch_size}; gradient: of the weighted term, its norm")
 
 

@@ -40,6 +40,7 @@ def main() -> None:
         "--dynamic", action="store_true", help=f"take other sizes, too ({LEAST_SIDE} to {GREATEST_SIDE} a side)"
     )
     flags.add_argument("--bake", action="store_true", help="uint8 pixels in, uint8 class map out")
+    flags.add_argument("--cpu", action="store_true", help="with --bake: faster on CPUs, and for them only (onnx)")
     flags.add_argument("--int8", action="store_true", help="quantise, calibrated on the unlabelled images")
     flags.add_argument("--max-drop", type=_points, default=1.0, help="points of mIoU that int8 may cost (1.0)")
     flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
@@ -55,6 +56,9 @@ def main() -> None:
     if args.int8 and not exporter.quantizes:
         able = [name for name in EXPORTERS.names() if EXPORTERS.get(name).quantizes]
         raise UserError(f"--format {args.format} has no --int8 here; formats that have: {', '.join(able)}")
+    if args.cpu and not (args.bake and exporter.has_cpu_layout):
+        able = [name for name in EXPORTERS.names() if EXPORTERS.get(name).has_cpu_layout]
+        raise UserError(f"--cpu is for --bake with --format {' or '.join(able)}")
     folder = find_model(args.model)
     model = load_segmenter(folder)
     size = args.size or (model.crop, model.crop)
@@ -62,7 +66,7 @@ def main() -> None:
         raise UserError(f"--dynamic takes sides of {LEAST_SIDE} to {GREATEST_SIDE}, and so must be --size")
     if None in size:
         raise UserError(f"{args.model} does not say at what size it was trained; --size HEIGHTxWIDTH")
-    target = Target(*size, args.dynamic, args.bake)
+    target = Target(*size, args.dynamic, args.bake, args.cpu)
 
     # ---- images, read before anything is written ----
     if args.images:
@@ -75,7 +79,7 @@ def main() -> None:
 
     # ---- the file: made aside, and put in its place once it has shown itself good ----
     torch.set_num_threads(args.threads)
-    marks = {"dynamic": args.dynamic, "baked": args.bake, "int8": args.int8}
+    marks = {"dynamic": args.dynamic, "baked": args.bake, "cpu": args.cpu, "int8": args.int8}
     name = "-".join(["model", f"{size[0]}x{size[1]}", *(mark for mark in marks if marks[mark])]) + exporter.suffix
     output = Path(args.output or (Path(args.model) if Path(args.model).is_dir() else Path()) / "export")
     output = Path(_folder(output))

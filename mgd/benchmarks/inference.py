@@ -65,7 +65,7 @@ def suite(section: ModelSection, num_classes: int, size: int, threads: int, repe
     torch.manual_seed(0)
     theirs = segmentation_models_pytorch.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, classes=num_classes)
     ours = _network(section, num_classes)
-    target, baked = Target(size, size), Target(size, size, baked=True)
+    target, baked = Target(size, size), Target(size, size, baked=True, cpu=True)
     noise = [np.random.default_rng(index).integers(0, 256, (1, 3, size, size), np.uint8) for index in range(4)]
     pixels = noise[0].astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
 """How hard each term of a method's loss pulls at the networks that it trains."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mgd.methods.base import Method
 
@@ -19,34 +19,24 @@ def suite(method: Method, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[
         batches: of a training run, on the device of the networks.
 
     Returns:
-        Rows `term, value, weight, gradient, beside the first, cosine`, means over the batches: the value before it is
-        weighted; the weight; the norm of the weighted gradient; that norm divided by the norm of the first term's,
-        which is the supervised one, and the cosine of the angle between the two.
+        Rows `term, value, weight, gradient, beside the first`, means over the batches: the value before it is weighted,
+        the weight, the norm of the weighted gradient; and that mean beside the first term's, the supervised one.
     """
     parameters = [value for network in method.networks for value in network.parameters() if value.requires_grad]
-    found: dict[str, list[tuple[float, float, float, float]]] = {}
-    weights = {}
+    found: dict[str, list[tuple[float, float, float]]] = {}
     for step, batch in enumerate(batches):
         out = method.step(batch, step)
-        gradients = {}
         for name, value in out.log.items():
-            if not value.requires_grad:
+            if not value.requires_grad:  # a plug-in may log more than the terms of its loss
                 continue
-            # By what it is multiplied in the loss, which is a weighted sum; nothing, if it is logged only.
-            (weight,) = torch.autograd.grad(out.loss, value, retain_graph=True, allow_unused=True)
-            if weight is None:
-                continue
-            weights[name] = weight.item()
-            parts = torch.autograd.grad(value, parameters, weight, retain_graph=True, materialize_grads=True)
-            gradients[name] = torch.cat([part.flatten().double() for part in parts])
-        first = next(iter(gradients.values()))
-        for name, gradient in gradients.items():
-            cosine = functional.cosine_similarity(gradient, first, dim=0)
-            norms = gradient.norm().item(), first.norm().item()
-            found.setdefault(name, []).append((out.log[name].item(), *norms, cosine.item()))
-    rows = []
-    for name, values in found.items():
-        value, norm, first_norm, cosine = (math.fsum(column) / len(values) for column in zip(*values, strict=True))
-        row = {"term": name, "value": value, "weight": f"{weights[name]:g}", "gradient": norm}
-        rows.append(row | {"beside the first": norm / first_norm, "cosine": cosine})
-    return rows
+            # By what it is multiplied in the loss, which is a weighted sum.
+            (weight,) = torch.autograd.grad(out.loss, value, retain_graph=True, materialize_grads=True)
+            parts = torch.autograd.grad(value, parameters, weight, retain_graph=True, allow_unused=True)
+            norm = torch.nn.utils.get_total_norm([part for part in parts if part is not None])
+            found.setdefault(name, []).append((value.item(), weight.item(), norm.item()))
+    means = {name: [statistics.fmean(column) for column in zip(*values, strict=True)] for name, values in found.items()}
+    first = next(iter(means.values()))[2] or math.nan
+    return [
+        {"term": name, "value": value, "weight": weight, "gradient": norm, "beside the first": norm / first}
+        for name, (value, weight, norm) in means.items()
+    ]

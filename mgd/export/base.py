@@ -35,6 +35,9 @@ class Target(NamedTuple):
     """uint8 pixels in and uint8 classes `[1, H, W]` out, instead of float32 pixels (0..255) in and logits
     `[1, K, H, W]` out. The normalisation is inside in both."""
 
+    cpu: bool = False
+    """A baked file for processors alone, in a layout that is fast there and that other hardware may get wrong."""
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the pixels."""
@@ -128,6 +131,8 @@ class Exporter:
     """Whether this machine has the runtime."""
     quantizes: ClassVar[bool] = False
     """Whether `write` takes `int8`."""
+    has_cpu_layout: ClassVar[bool] = False
+    """Whether `Target.cpu` makes a difference."""
 
     def check(self) -> None:
         """Look for the packages.

@@ -21,9 +21,10 @@ class OnnxExporter(Exporter):
     """One `.onnx` file, weights inside."""
 
     suffix = ".onnx"
-    packages = ("onnx", "onnxscript", "onnxruntime")
+    packages = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
     extra = "onnx"
     quantizes = True
+    has_cpu_layout = True
 
     def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
@@ -41,7 +42,7 @@ class OnnxExporter(Exporter):
                 verbose=False,
             )
         plain = path if int8 is None else path.with_name(f"{path.name}.float")
-        if target.baked:
+        if target.baked and target.cpu:
             _put_classes_last(program.model.graph)
         program.save(plain, external_data=False)
         if int8 is not None:
@@ -63,7 +64,8 @@ class OnnxExporter(Exporter):
 def _put_classes_last(graph: "onnx_ir.Graph") -> None:
     """Enlarge the logits, and look for the likeliest class, with the classes as the innermost axis.
 
-    ONNX Runtime's kernels for both are several times as fast there as over `[B, K, H, W]`.
+    ONNX Runtime's CPU kernels for both are faster there than over `[B, K, H, W]`. Its CUDA kernel takes any Resize for
+    NCHW and would give other logits (https://github.com/microsoft/onnxruntime/pull/12815).
     """
     import onnx_ir as ir
 

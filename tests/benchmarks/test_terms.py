@@ -7,46 +7,76 @@ import torch
 from conftest import TINY, Toy, call_stage
 
 from mgd.benchmarks.terms import suite
+from mgd.methods.base import StepOutput
+from mgd.methods.cps import CPS
 from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm
 from mgd.methods.supervised import Supervised
 
 TEACHER = TINY["student"] | {"backbone": "test_byobnet"}
 
 
-def test_each_gradient_is_the_part_of_the_whole_that_its_weight_adds(batch):
-    pixel = PixelTerm(teachers=("a",), weight=0.7)
-    image, region = ImageTerm(teachers=("a",), weight=0.05), RegionTerm(teachers=("a",), weight=30.0, grid=2)
-    teachers = {"a": Toy(1)}
+def flat(parts):
+    return torch.cat([part.flatten() for part in parts if part is not None])
 
-    def gradient(**changes):
-        config = MGDConfig(pixel=pixel, image=image, region=region).model_copy(update=changes)
-        student = Toy(0)
-        out = MGD(config, [student], teachers).step(batch, 0)
-        return torch.cat([part.flatten() for part in torch.autograd.grad(out.loss, list(student.parameters()))])
 
-    rows = suite(MGD(MGDConfig(pixel=pixel, image=image, region=region), [Toy(0)], teachers), [batch])
-    found = {row["term"]: row for row in rows}
-    assert {name: row["weight"] for name, row in found.items()} == {
-        "loss_supervised": "1",
-        "loss_pixel_labeled": "0.7",
-        "loss_pixel_unlabeled": "0.7",
-        "loss_image": "0.05",
-        "loss_region": "30",
+def test_each_gradient_is_what_its_weight_adds_to_the_whole(batch):
+    terms = {
+        "pixel": PixelTerm(teachers=("a",), weight=0.7),
+        "image": ImageTerm(teachers=("a",), weight=0.05),
+        "region": RegionTerm(teachers=("a",), weight=30.0, grid=2),
     }
-    alone = gradient(pixel=PixelTerm(), image=ImageTerm(), region=RegionTerm())
-    for name, changes in (("loss_image", {"image": ImageTerm()}), ("loss_region", {"region": RegionTerm()})):
-        added = gradient() - gradient(**changes)
-        assert found[name]["gradient"] == pytest.approx(added.norm().item(), rel=1e-9)
-        assert found[name]["beside the first"] == pytest.approx((added.norm() / alone.norm()).item(), rel=1e-9)
-        assert found[name]["cosine"] == pytest.approx((added @ alone / added.norm() / alone.norm()).item(), abs=1e-9)
+    batches = [batch, {name: value.flip(0) for name, value in batch.items()} | {"mix": batch["unlabeled"]}]
+
+    def gradients(**changes):
+        student = Toy(0)
+        method = MGD(MGDConfig(**terms).model_copy(update=changes), [student], {"a": Toy(1)})
+        return [flat(torch.autograd.grad(method.step(seen, 0).loss, list(student.parameters()))) for seen in batches]
+
+    rows = suite(MGD(MGDConfig(**terms), [Toy(0)], {"a": Toy(1)}), batches)
+    found = {row["term"]: row for row in rows}
+    weights = {"loss_supervised": 1, "loss_pixel_labeled": 0.7, "loss_pixel_unlabeled": 0.7}
+    weights |= {"loss_image": 0.05, "loss_region": 30}
+    assert {name: row["weight"] for name, row in found.items()} == pytest.approx(weights)
+    nothing = {"pixel": PixelTerm(), "image": ImageTerm(), "region": RegionTerm()}
+    alone = sum(gradient.norm().item() for gradient in gradients(**nothing)) / 2
+    assert found["loss_supervised"]["gradient"] == pytest.approx(alone, rel=1e-6)
+    for name, without in (
+        ("loss_image", {"image": ImageTerm()}),
+        ("loss_region", {"region": RegionTerm()}),
+        ("loss_pixel_labeled", {"pixel": terms["pixel"].model_copy(update={"on": ("unlabeled",)})}),
+        ("loss_pixel_unlabeled", {"pixel": terms["pixel"].model_copy(update={"on": ("labeled",)})}),
+    ):
+        pairs = zip(gradients(), gradients(**without), strict=True)
+        added = sum((whole - rest).norm().item() for whole, rest in pairs) / 2
+        assert found[name]["gradient"] == pytest.approx(added, rel=1e-6), name
+        assert found[name]["beside the first"] == pytest.approx(added / alone, rel=1e-6), name
 
 
-def test_values_are_means_over_the_batches(batch):
-    other = {name: value.flip(0) for name, value in batch.items()} | {"label": torch.zeros_like(batch["label"])}
-    method = Supervised(Supervised.Config(), [Toy(0)])
-    values = [method.step(seen, 0).loss.item() for seen in (batch, other)]
-    (row,) = suite(method, [batch, other])
-    assert row["value"] == pytest.approx(sum(values) / 2) and row["weight"] == "1" and row["cosine"] == 1
+def test_all_networks_of_a_method_count(batch):
+    first, second = Toy(0), Toy(1)
+    rows = suite(CPS(CPS.Config(weight=2.0), [first, second]), [batch])
+    method = CPS(CPS.Config(weight=0.0), [first, second])
+    gradient = torch.autograd.grad(method.step(batch, 0).loss, [*first.parameters(), *second.parameters()])
+    assert rows[0]["gradient"] == pytest.approx(flat(gradient).norm().item(), rel=1e-6)
+    assert [row["weight"] for row in rows] == [1, 2]
+
+
+class Talkative(Supervised):
+    """Logs more than the terms of its loss."""
+
+    def step(self, batch, step):
+        out = super().step(batch, step)
+        logits = self.networks[0](batch["image"]).logits
+        return StepOutput(out.loss, out.log | {"entropy": logits.detach().mean(), "mean_logit": logits.mean()})
+
+
+def test_what_is_logged_only_pulls_at_nothing(batch):
+    batches = [batch, {name: value.flip(0) for name, value in batch.items()} | {"label": torch.zeros(2, 16, 16).long()}]
+    method = Talkative(Supervised.Config(), [Toy(0)])
+    values = [method.step(seen, 0).loss.item() for seen in batches]
+    supervised, logged = suite(method, batches)
+    assert supervised["value"] == pytest.approx(sum(values) / 2) and supervised["weight"] == 1
+    assert logged["term"] == "mean_logit" and logged["weight"] == logged["gradient"] == 0
 
 
 def test_the_stage(write_recipe, tmp_path, capsys):
@@ -65,10 +95,15 @@ def test_the_stage(write_recipe, tmp_path, capsys):
     for more in (begun, trained):
         assert call_stage(capsys, *asked, *more)[0] == 0
         rows = json.loads(table.read_text())
-        assert [row["weight"] for row in rows] == ["1", "1", "1", "7"]
+        assert [row["weight"] for row in rows] == [1, 1, 1, 7]
         assert all(row["gradient"] > 0 for row in rows)
         values.append(rows[0]["value"])
     assert values[0] != values[1]
     assert before == {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     status, _, error = call_stage(capsys, *asked, "--model", tmp_path / "runs" / "teacher")
     assert status and "is another network than the [student] of" in error
+    status, _, error = call_stage(capsys, "benchmark.py", "--recipe", teacher, "--suite", "terms", *trained)
+    assert status and "--model is one network, and cps trains 2" in error
+    cached = ("--set", "teachers.mode=cached", "--set", "method.remix=predictions", "--set", "cache.cell=8")
+    status, _, error = call_stage(capsys, *asked, *cached)
+    assert status and "--set teachers.mode=online" in error
