@@ -151,7 +151,8 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     print(markdown([row | {"weight": f"{row['weight']:g}"} for row in rows]))
     if args.json:
         write_json(Path(args.json), rows)
-    print(f"means of {args.repetitions} batches of {recipe.optim.batch_size}; gradient: of the weighted term, its norm")
+    who = args.model or "a student that is not trained yet"
+    print(f"{who}; gradient: norm of the weighted term's; means of {args.repetitions} batches")
 
 
 if __name__ == "__main__":
