@@ -125,6 +125,8 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
     refuse_untrained(needed)
     accelerator = cli.start(recipe)
+    if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
+        raise UserError("the terms suite takes one process, in float32; start it by plain python")
     device = accelerator.device
     frozen = {
         name: load_segmenter(teacher.checkpoint or needed[name].run_dir).to(device)
@@ -138,7 +140,7 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
         raise UserError(f"--model is one network, and {recipe.method.name} trains {len(networks)}; leave it out")
     if args.model:
         networks[0] = load_segmenter(args.model)
-        check_classes(splits.classes, networks[0], "--model")
+        check_classes(splits.classes, networks[0], f"--model {args.model}")
         if networks[0].section != recipe.student.model_copy(update={"pretrained": False}):
             raise UserError(f"--model {args.model} is another network than the [student] of {args.recipe}")
     method = METHODS.get(recipe.method.name)(recipe.method, [network.to(device) for network in networks], frozen)
@@ -146,8 +148,8 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
         network.train()
     pairs = training_pairs(recipe, splits, partition)
     sampler = StepSampler(0, args.repetitions, recipe.optim.batch_size, 0, 1)
-    batches = send_to_device(list(training_loader(pairs, sampler, 0, pin_memory=False)), device)
-    rows = terms.suite(method, batches)
+    loader = training_loader(pairs, sampler, 0, pin_memory=False)
+    rows = terms.suite(method, (send_to_device(batch, device) for batch in loader))
     print(markdown([row | {"weight": f"{row['weight']:g}"} for row in rows]))
     if args.json:
         write_json(Path(args.json), rows)

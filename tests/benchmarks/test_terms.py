@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import TINY, Toy, call_stage
 
 from mgd.benchmarks.terms import suite
@@ -79,7 +80,7 @@ def test_what_is_logged_only_pulls_at_nothing(batch):
     assert logged["term"] == "mean_logit" and logged["weight"] == logged["gradient"] == 0
 
 
-def test_the_stage(write_recipe, tmp_path, capsys):
+def test_the_stage(write_recipe, tmp_path, capsys, monkeypatch):
     teacher = write_recipe("teacher.toml", run={"name": "teacher"}, student=TEACHER, method={"name": "cps"})
     terms = {"pixel": {"teachers": ["a"]}, "region": {"teachers": ["a"], "weight": 7.0, "grid": 3}}
     recipe = write_recipe(method={"name": "mgd", **terms}, teachers={"a": {"recipe": str(teacher)}})
@@ -107,3 +108,6 @@ def test_the_stage(write_recipe, tmp_path, capsys):
     cached = ("--set", "teachers.mode=cached", "--set", "method.remix=predictions", "--set", "cache.cell=8")
     status, _, error = call_stage(capsys, *asked, *cached)
     assert status and "--set teachers.mode=online" in error
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    status, _, error = call_stage(capsys, *asked)
+    assert status and "one process, in float32" in error

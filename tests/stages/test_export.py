@@ -60,7 +60,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         (("--format", "onx"), "unknown format 'onx'; did you mean 'onnx'"),
         (("--format", "torch_export", "--int8"), "has no --int8 here; formats that have: executorch, onnx, openvino"),
         (("--format", "onnx", "--cpu"), "--cpu is for --bake with --format onnx"),
-        (("--format", "executorch", "--bake", "--cpu"), "--cpu is for --bake with --format onnx"),
+        (("--format", "torch_export", "--bake", "--cpu"), "--cpu is for --bake with --format onnx"),
         (("--format", "onnx", "--size", "12"), "'12' is no size; HEIGHTxWIDTH"),
         (("--format", "onnx", "--images", tmp_path / "none"), "no image there"),
         (("--format", "onnx", "--recipe", tmp_path / "none.toml"), "none.toml is not there"),
