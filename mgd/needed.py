@@ -9,6 +9,7 @@ from torch import nn
 from mgd.checks import finished
 from mgd.errors import UserError
 from mgd.files import read_json
+from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import DataSection, Partition, Recipe, load
 from mgd.runs import recipe_differences
 
@@ -138,6 +139,19 @@ def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:
         raise UserError(
             "\n".join(f"[teachers.{name}] is not trained: {other.command}" for name, other in missing.items())
         )
+
+
+def trained_teachers(recipe: Recipe) -> dict[str, Segmenter]:
+    """Load the teachers of a student, all of which must be trained.
+
+    Raises:
+        UserError: one is not trained, or cannot be read; see also `needed_recipes`.
+    """
+    needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
+    refuse_untrained(needed)
+    return {
+        name: load_segmenter(teacher.checkpoint or needed[name].run_dir) for name, teacher in recipe.teachers.items()
+    }
 
 
 def note_other_data(

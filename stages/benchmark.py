@@ -26,7 +26,7 @@ from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import build_networks, training_pairs  # noqa: E402
 from mgd.files import write_json  # noqa: E402
 from mgd.models.segmenter import load_segmenter, model_section  # noqa: E402
-from mgd.needed import needed_recipes, refuse_untrained  # noqa: E402
+from mgd.needed import trained_teachers  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.registry import METHODS  # noqa: E402
 from mgd.report import markdown  # noqa: E402
@@ -122,16 +122,11 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print how hard each term of the loss pulls, on batches of a run under the recipe's trained teachers."""
     if recipe.cache:
         raise UserError("the terms suite asks the teachers themselves; --set teachers.mode=online")
-    needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
-    refuse_untrained(needed)
     accelerator = cli.start(recipe)
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
         raise UserError("the terms suite takes one process, in float32; start it by plain python")
     device = accelerator.device
-    frozen = {
-        name: load_segmenter(teacher.checkpoint or needed[name].run_dir).to(device)
-        for name, teacher in recipe.teachers.items()
-    }
+    frozen = {name: teacher.to(device) for name, teacher in trained_teachers(recipe).items()}
     splits, partition = check_recipe(recipe, accelerator, frozen)
     if partition.streamed:
         raise UserError(f"{args.recipe}: the terms suite does not take a stream; leave [data.unlabeled] out")

@@ -16,8 +16,7 @@ from mgd.cache import cached_targets, compare  # noqa: E402
 from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import training_images, training_pairs  # noqa: E402
-from mgd.models.segmenter import load_segmenter  # noqa: E402
-from mgd.needed import needed_recipes, refuse_students, refuse_untrained  # noqa: E402
+from mgd.needed import refuse_students, trained_teachers  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
 
@@ -29,13 +28,9 @@ def main() -> None:
     recipe = load(args.recipe, args.set)
     if recipe.cache is None:
         raise UserError(f"{args.recipe}: its teachers are online; --set teachers.mode=cached")
-    needed = {name: other for name, other in needed_recipes(recipe).items() if name in recipe.teachers}
-    refuse_untrained(needed)
     refuse_students(recipe)
     accelerator = cli.start(recipe)
-    teachers = {
-        name: load_segmenter(teacher.checkpoint or needed[name].run_dir) for name, teacher in recipe.teachers.items()
-    }
+    teachers = trained_teachers(recipe)
     splits, partition = check_recipe(recipe, accelerator, teachers)
     images = training_images(recipe, splits, partition)
     targets = cached_targets(recipe, accelerator, teachers, images, args.restart)
