@@ -83,8 +83,8 @@ def main() -> None:
     name = "-".join(["model", f"{size[0]}x{size[1]}", *(mark for mark in marks if marks[mark])]) + exporter.suffix
     output = Path(args.output or (Path(args.model) if Path(args.model).is_dir() else Path()) / "export")
     output = Path(_folder(output))
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".export-") as aside:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as aside:
         row, notes = verified_export(
             exporter,
             args.format,
@@ -96,6 +96,7 @@ def main() -> None:
             args.max_drop,
             args.threads,
         )
+        output.mkdir(exist_ok=True)
         final = output / name
         if final.is_dir():  # which cannot be replaced in one go
             final.rename(Path(aside) / "old")
@@ -121,7 +122,10 @@ def _folder(path: Path) -> str:
 
 
 def _points(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"{text} is no number of points, 0 to 100")
     return value

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from timm.layers import Conv2dSame
+from timm.layers import AvgPool2dSame, Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -74,17 +74,52 @@ class _SimplyPadded(Conv2dSame):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what `Conv2dSame` does."""
-        padding = []
-        for axis in (1, 0):  # functional.pad begins with the last dimension
-            missing = _overlap(self, axis) + -x.shape[2 + axis] % self.stride[axis]
-            padding += [missing // 2, missing - missing // 2]
-        x = functional.pad(x, padding)
-        return functional.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return functional.conv2d(_pad(x, self), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-def _overlap(convolution: nn.Conv2d, axis: int) -> int:
+class _SimplyPaddedPool(AvgPool2dSame):
+    """The same for pooling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `AvgPool2dSame` does."""
+        return functional.avg_pool2d(_pad(x, self), self.kernel_size, self.stride)
+
+
+class _HalvingPool(nn.AvgPool2d):
+    """Means of 2x2 pixels, with half windows at the far edges of odd sides, as torch.export can trace them.
+
+    Of `ceil_mode` it cannot tell that it gives a size that is allowed whatever the image's is. A half window has the
+    mean of a whole one whose other half repeats it; of even sides the repeated pixels are in no window.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what `nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)` does."""
+        return functional.avg_pool2d(functional.pad(x, [0, 1, 0, 1], mode="replicate"), 2, 2)
+
+
+def _pad(x: Tensor, layer: nn.Conv2d | nn.AvgPool2d) -> Tensor:
+    padding = []
+    for axis in (1, 0):  # functional.pad begins with the last dimension
+        missing = _overlap(layer, axis) + -x.shape[2 + axis] % layer.stride[axis]
+        padding += [missing // 2, missing - missing // 2]
+    return functional.pad(x, padding)
+
+
+def _overlap(layer: nn.Conv2d | nn.AvgPool2d, axis: int) -> int:
     """Pixels that neighbouring places of the kernel share."""
-    return (convolution.kernel_size[axis] - 1) * convolution.dilation[axis] + 1 - convolution.stride[axis]
+    dilation = getattr(layer, "dilation", (1, 1))[axis]
+    return (layer.kernel_size[axis] - 1) * dilation + 1 - layer.stride[axis]
+
+
+def _traceable(layer: nn.Module) -> type[nn.Module]:
+    """Return a class with the same results and attributes that can be traced for any size."""
+    simple = {Conv2dSame: _SimplyPadded, AvgPool2dSame: _SimplyPaddedPool}.get(type(layer))
+    if simple and min(_overlap(layer, 0), _overlap(layer, 1)) >= 0:
+        return simple
+    if type(layer) is nn.AvgPool2d and layer.ceil_mode and not layer.count_include_pad:
+        shape = [tuple(np.broadcast_to(value, 2)) for value in (layer.kernel_size, layer.stride, layer.padding)]
+        return _HalvingPool if shape == [(2, 2), (2, 2), (0, 0)] else nn.AvgPool2d
+    return type(layer)
 
 
 class Deployed(nn.Module):
@@ -99,8 +134,7 @@ class Deployed(nn.Module):
         super().__init__()
         self.model, self.baked = copy.deepcopy(model), target.baked
         for module in self.model.modules():
-            if type(module) is Conv2dSame and min(_overlap(module, 0), _overlap(module, 1)) >= 0:
-                module.__class__ = _SimplyPadded
+            module.__class__ = _traceable(module)
         self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from timm.layers import Conv2dSame
+from timm.layers import AvgPool2dSame, Conv2dSame
 
 from mgd.errors import UserError
 from mgd.export import base
@@ -78,6 +78,17 @@ def test_file_does_what_the_network_does(tmp_path, name, kind):
             assert (output == logits.argmax(dim=1).numpy()).mean() > 0.999
         else:
             assert np.allclose(run(given), logits.numpy(), atol=1e-3)
+
+
+def test_pooling_backbones_take_any_size(tmp_path):
+    found, model, target = exporter("torch_export"), network(backbone="test_resnet"), Target(64, 96, dynamic=True)
+    path = tmp_path / "a.pt2"
+    found.write(Deployed(model, target), target, path)
+    run = found.open(path, threads=1)
+    for sample in samples(4, sizes=((64, 96), (100, 70), (65, 129), (97, 67))):
+        with torch.no_grad():
+            logits = model.eval()(sample.pixels[None]).logits
+        assert np.allclose(run(sample.pixels[None].float().numpy()), logits.numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize(("cpu", "int8"), [(False, False), (True, False), (True, True)])
@@ -184,6 +195,18 @@ def test_same_padding_is_timms(kernel, stride, dilation):
     for size in ((32, 33), (31, 34), (35, 36)):
         image = torch.randn(1, 3, *size)
         assert torch.equal(ours(image), theirs(image))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pools_are_those_of_timm_and_torch(stride):
+    same = AvgPool2dSame(2, stride, ceil_mode=True, count_include_pad=False)
+    for theirs in (same, torch.nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)):
+        ours = copy.deepcopy(theirs)
+        ours.__class__ = base._traceable(theirs)
+        for size in ((32, 33), (31, 34), (35, 36), (7, 5)):
+            image = torch.randn(1, 3, *size)
+            assert torch.allclose(ours(image), theirs(image), atol=1e-6)
+    assert (type(ours) is base._HalvingPool) == (stride == 2)
 
 
 def test_unknown_format():

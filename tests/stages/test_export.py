@@ -9,6 +9,7 @@ from conftest import call_stage
 
 from mgd.experiment import run_recipe
 from mgd.recipe import load
+from mgd.registry import EXPORTERS
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
@@ -61,6 +62,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         (("--format", "torch_export", "--int8"), "has no --int8 here; formats that have: executorch, onnx, openvino"),
         (("--format", "onnx", "--cpu"), "--cpu is for --bake with --format onnx"),
         (("--format", "torch_export", "--bake", "--cpu"), "--cpu is for --bake with --format onnx"),
+        (("--format", "onnx", "--max-drop", "abc"), "--max-drop: abc is no number of points, 0 to 100"),
         (("--format", "onnx", "--size", "12"), "'12' is no size; HEIGHTxWIDTH"),
         (("--format", "onnx", "--images", tmp_path / "none"), "no image there"),
         (("--format", "onnx", "--recipe", tmp_path / "none.toml"), "none.toml is not there"),
@@ -68,6 +70,18 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         status, _, error = call_stage(capsys, "export.py", "--model", run, *arguments, "--output", tmp_path / "out")
         assert status == 2 and message in error, error
         assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_converted_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(EXPORTERS.get("torch_export"), "write", fails)
+    status, _, error = call_stage(
+        capsys, "export.py", "--model", run, "--format", "torch_export", "--output", tmp_path / "out"
+    )
+    assert status == 2 and "--format torch_export cannot take" in error and "no such operator" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_package_is_named(run, monkeypatch, capsys):
