@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from mgd.data.loaders import Images, TrainingPairs, read_each
 from mgd.data.targets import (
-    CONFIDENCE_STRIDE,
+    FINE_CELL,
     FORMAT,
     IMAGES_PER_SHARD,
+    LABELS,
     CachedTargets,
     digest,
     serves,
@@ -30,7 +31,7 @@ from mgd.errors import UserError, one_line
 from mgd.files import read_json, write_json
 from mgd.inference import views
 from mgd.losses.mgd import self_correlation
-from mgd.models.segmenter import fingerprint
+from mgd.models.segmenter import enlarge, fingerprint
 from mgd.pictures import to_tensor
 from mgd.recipe import Recipe, TeacherCache
 from mgd.registry import METHODS
@@ -143,6 +144,9 @@ def compare(
                     value.float().cpu() for value in network(sample["unlabeled"][None].to(accelerator.device))
                 )
             found = {kind: sample[f"unlabeled/{name}/{kind}"][None] for kind in kinds}
+            if "probabilities" in found:
+                enlarged = enlarge(found["probabilities"], logits.shape[2:])
+                found["labels"] = enlarged.argmax(dim=1).where(enlarged.sum(dim=1) > 0.5, IGNORE_INDEX)
             if "labels" in found:
                 counted = found["labels"] != IGNORE_INDEX
                 sums["same"] += (found["labels"] == logits.argmax(dim=1))[counted].double().mean().item() * 100
@@ -156,7 +160,7 @@ def compare(
         rows.append(
             {
                 "teacher": name,
-                "same class %": sums["same"] / count if "labels" in kinds else None,
+                "same class %": sums["same"] / count if {*LABELS} & {*kinds} else None,
                 "pooled logits off by": sums["logits"] / count if "logits" in kinds else None,
                 "of a mean size of": sums["size"] / count if "logits" in kinds else None,
                 "cosines off by": sums["cosine"] / count if "features" in kinds else None,
@@ -291,11 +295,14 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: st
         features = features + functional.interpolate(maps[1].float(), size=coarse, mode="area")
         count += 1
     logits = logits / count
-    fine = [-(-side // CONFIDENCE_STRIDE) for side in size]
-    confidence = functional.interpolate(logits.softmax(dim=1).amax(dim=1, keepdim=True), size=fine, mode="area")
+    fine = [-(-side // FINE_CELL) for side in size]
+    probabilities = logits.softmax(dim=1)
+    confidence = functional.interpolate(probabilities.amax(dim=1, keepdim=True), size=fine, mode="area")
+    probabilities = functional.interpolate(probabilities, size=fine, mode="area")
     found = {
         "labels": logits.argmax(dim=1)[0].to(torch.uint8),
         "confidence": (confidence[0, 0] * 255).round().to(torch.uint8),
+        "probabilities": (probabilities[0] * 255).round().to(torch.uint8),
         "logits": functional.interpolate(logits, size=coarse, mode="area")[0].half(),
         "features": (features / count)[0].half(),
     }

@@ -97,8 +97,30 @@ def test_what_is_kept_is_what_the_teacher_says_of_the_whole_image(cached):
             )
 
 
-def test_the_losses_are_those_of_online_teachers_where_the_crop_is_the_image(cached):
-    recipe = cached(data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
+def test_probabilities_are_kept_for_soft_labels(cached):
+    recipe = cached("method.pixel.labels=soft")
+    teachers, images, targets, _ = made(recipe)
+    tensors = load_file(shard_path(recipe.cache_dir, 0))
+    assert [name for name in sorted(tensors) if name.startswith("3/a")] == ["3/a/logits", "3/a/probabilities"]
+    pixels = torch.from_numpy(np.array(images.read(3, False)[0])).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        logits = teachers["b"].eval()(pixels).logits
+    wanted = functional.avg_pool2d(logits.softmax(1), 4)[0]
+    assert (tensors["3/b/probabilities"] / 255 - wanted).abs().max() < 2.1e-3
+    # A crop of 32 with the image's first 20 columns, enlarged by half, in its right part: 30 columns of it.
+    found = targets.cut(images.ids[3], (48, 48), View((0, 0, 20, 20), (30, 30), (2, 2), False), 32)["b/probabilities"]
+    sums = found.sum(0)
+    assert torch.allclose(sums[1:, 1:], torch.ones(7, 7), atol=0.02) and torch.allclose(
+        sums[0], torch.tensor([0.25] + [0.5] * 7), atol=0.01
+    )
+    assert torch.allclose(found[:, 7, 7], wanted[:, 4, 4], atol=2.1e-3)
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_the_losses_are_those_of_online_teachers_where_the_crop_is_the_image(cached, labels):
+    recipe = cached(
+        f"method.pixel.labels={labels}", data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4}
+    )
     teachers, _, _, pairs = made(recipe)
     classes = recipe.data.class_names()
     student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5)
@@ -110,14 +132,19 @@ def test_the_losses_are_those_of_online_teachers_where_the_crop_is_the_image(cac
         assert ours[key].item() == pytest.approx(value.item(), rel=2e-3), key
 
 
-def test_compare_says_how_far_the_crops_own_predictions_are(cached):
-    near = cached(data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
+@pytest.mark.parametrize("labels, same", [("hard", 100), ("soft", 95)])
+def test_compare_says_how_far_the_crops_own_predictions_are(cached, labels, same):
+    set_labels = f"method.pixel.labels={labels}"
+    near = cached(set_labels, data={"crop": 48, "scales": [1.0], "flip": False}, cache={"cell": 4})
     teachers, _, targets, pairs = made(near)
     first, second = compare(targets, teachers, pairs, Accelerator(), count=4)
-    assert first["same class %"] == 100 and first["pooled logits off by"] < 1e-3 * first["of a mean size of"] + 1e-3
+    assert (
+        same <= first["same class %"] <= 100
+        and first["pooled logits off by"] < 1e-3 * first["of a mean size of"] + 1e-3
+    )
     assert second["cosines off by"] < 1e-3 and first["cosines off by"] is None
     assert 0 < targets.bytes_per_image() < 20_000
-    far = cached("cache.folder=far")
+    far = cached(set_labels, "cache.folder=far")
     teachers, _, targets, pairs = made(far)
     assert compare(targets, teachers, pairs, Accelerator(), count=4)[0]["same class %"] < 100
 
@@ -267,9 +294,10 @@ def test_scaled_images(cached):
     assert pairs[0]["unlabeled/a/labels"].shape == (32, 32)
 
 
-def test_padding_counts_on_no_process(cached, monkeypatch):
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_padding_counts_on_no_process(cached, monkeypatch, labels):
     """The mean over all processes is that over all pixels, however padding is spread."""
-    recipe = cached(data={"scales": [0.5, 1.0, 1.5]})
+    recipe = cached(f"method.pixel.labels={labels}", data={"scales": [0.5, 1.0, 1.5]})
     _, _, _, pairs = made(recipe)
     classes = recipe.data.class_names()
     student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5).eval()

@@ -5,6 +5,7 @@ in `shard-<i // IMAGES_PER_SHARD>.safetensors` as tensors named `i/teacher/kind`
 
 labels      `[H, W]` uint8, the teacher's classes
 confidence  `[ceil(H / 4), ceil(W / 4)]` uint8, the mean probability of those classes times 255
+probabilities  `[K, ceil(H / 4), ceil(W / 4)]` uint8, of all classes, likewise
 logits      `[K, ceil(H / cell), ceil(W / cell)]` float16, averaged over cells of the image
 features    `[C, ceil(H / cell), ceil(W / cell)]` float16, likewise: the decoder map before the classifier
 """
@@ -29,7 +30,8 @@ from mgd.files import write_aside
 
 FORMAT = 1
 IMAGES_PER_SHARD = 32
-CONFIDENCE_STRIDE = 4
+FINE_CELL = 4
+LABELS = ("labels", "probabilities")
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -101,8 +103,10 @@ class CachedTargets:
             labels_only: leave out logits and features.
 
         Returns:
-            By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; logits and features `[C, g, g]` float32,
-            g = ceil(crop / cell), means over what a part of the crop shows; in padding, of the nearest cell.
+            By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; probabilities `[K, p, p]` float32, p =
+            ceil(crop / 4), which sum to the share of a part of the crop that is no padding; logits and features
+            `[C, g, g]` float32, g = ceil(crop / cell), means over what a part of the crop shows; in padding, of the
+            nearest cell.
 
         Raises:
             UserError: the cache lacks the image, has it in another size, or is damaged.
@@ -114,7 +118,7 @@ class CachedTargets:
         found, parts = {}, -(-crop // self.cell)
         try:
             for teacher, kinds in self.kinds.items():
-                for kind in ["labels"] * ("labels" in kinds) if labels_only else kinds:
+                for kind in [kind for kind in kinds if kind in LABELS or not labels_only]:
                     stored = self._read(path, f"{index}/{teacher}/{kind}")
                     if kind == "labels":
                         if tuple(stored.shape) != size[::-1]:
@@ -123,6 +127,10 @@ class CachedTargets:
                                 f"{self.remedy} --restart"
                             )
                         found[f"{teacher}/{kind}"] = cut_label(stored.numpy(), crop, view)
+                    elif kind == "probabilities":
+                        fine = -(-crop // FINE_CELL)
+                        cells = cut_cells(stored.float() / 255, size, view, crop, fine)
+                        found[f"{teacher}/{kind}"] = cells * _shown(size, view, crop, fine)
                     else:
                         found[f"{teacher}/{kind}"] = cut_cells(stored.float(), size, view, crop, parts)
         except (OSError, SafetensorError, KeyError) as error:
@@ -162,6 +170,19 @@ def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts
     """
     columns, rows = (_shares(axis, cells.shape[2 - axis], size, view, crop, parts) for axis in (0, 1))
     return rows @ (cells @ columns.T)
+
+
+@functools.lru_cache(maxsize=8)  # those of all teachers are cut alike
+def _shown(size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:
+    """Return `[parts, parts]`: the share of each part of the crop that the image covers."""
+    columns, rows = (torch.from_numpy(_lengths(axis, size, view, crop, parts)) for axis in (0, 1))
+    return rows[:, None] * columns
+
+
+def _lengths(axis: int, size: tuple[int, int], view: View, crop: int, parts: int) -> np.ndarray:
+    edges = (np.arange(parts + 1) * (crop / parts) - view.offset[axis]).clip(0, view.size[axis])
+    lengths = (np.diff(edges) * (parts / crop)).astype(np.float32)
+    return lengths[::-1].copy() if axis == 0 and view.mirrored else lengths
 
 
 @functools.lru_cache(maxsize=8)  # logits and features, of all teachers, are cut alike

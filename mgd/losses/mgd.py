@@ -42,6 +42,22 @@ def soft_pixel_level(student_logits: Tensor, teacher_probabilities: Sequence[Ten
     return -(target * student_logits.log_softmax(dim=1)).sum(dim=1).mean()
 
 
+def soft_cross_entropies(student_logits: Tensor, probabilities: Sequence[Tensor]) -> Tensor:
+    """Mean cross-entropy of one prediction against each of N maps of class probabilities.
+
+    Args:
+        student_logits: `[B, K, H, W]`.
+        probabilities: N tensors `[B, K, H, W]`; a pixel weighs as much as they sum to there. No gradient flows into
+            them.
+
+    Returns:
+        `[N]`; 0 where all probabilities are.
+    """
+    logarithms = student_logits.log_softmax(dim=1)
+    sums = [(target * logarithms).sum() / target.sum().clamp(min=1) for target in probabilities]
+    return -torch.stack(sums)
+
+
 def image_level(student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """L_I, eq. 3-4: L1 distance of the globally average-pooled predictions.
 

@@ -41,7 +41,7 @@ class PixelTerm(Section):
     on: tuple[Literal["labeled", "unlabeled"], ...] = ("labeled", "unlabeled")
     """Images it is taken on."""
     labels: Literal["hard", "soft"] = "hard"
-    """What is taken from a teacher: its likeliest classes (paper), or its class probabilities (not when cached)."""
+    """What is taken from a teacher: its likeliest classes (paper), or its class probabilities."""
 
 
 class ImageTerm(Section):
@@ -80,7 +80,8 @@ class Seen(NamedTuple):
     labeled: Tensor | None = None
     """Classes `[B, H, W]` of the labelled images, or class probabilities `[B, K, H, W]`."""
     unlabeled: Tensor | None = None
-    """The same for the mixed images: those of the two images, mixed like them; classes are 255 in padding."""
+    """The same for the mixed images: those of the two images, mixed like them. Of cached teachers classes are 255 in
+    padding, and probabilities sum to 0."""
     logits: Tensor | None = None
     """`[B, K, g, g]` of the mixed images, means over equal parts of them (or `[B, K, H, W]`, before any mean)."""
     features: Tensor | None = None
@@ -107,7 +108,7 @@ class MultiGranularity(Method):
             output: of the student, `logits` and `features`: labelled images first, as many mixed ones after them.
             label: `[B, H, W]` of the labelled images.
             seen: what the teachers that the terms name say of them.
-            padded: their classes may be 255, which does not count.
+            padded: they say nothing of padding, which does not count.
         """
         config = self.config
         labeled, mixed = output.logits.chunk(2)
@@ -167,8 +168,6 @@ class MGD(MultiGranularity):
                 'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '
                 '"predictions"'
             )
-        if config.pixel.labels == "soft":
-            raise UserError('pixel.labels = "soft" needs [teachers] mode = "online"; cached are their classes only')
         grid, parts = config.region.grid, -(-crop // cell)
         if config.region.teachers and parts < grid:
             raise UserError(
@@ -179,7 +178,8 @@ class MGD(MultiGranularity):
     @classmethod
     def cached_kinds(cls, config: MGDConfig) -> dict[str, tuple[str, ...]]:
         """Which kinds of cached predictions the losses need of each teacher."""
-        terms = {"labels": config.pixel, "logits": config.image, "features": config.region}
+        pixel = "labels" if config.pixel.labels == "hard" else "probabilities"
+        terms = {pixel: config.pixel, "logits": config.image, "features": config.region}
         names = sorted({name for term in terms.values() for name in term.teachers})
         return {name: tuple(kind for kind, term in terms.items() if name in term.teachers) for name in names}
 
@@ -237,7 +237,10 @@ class MGD(MultiGranularity):
 def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool) -> Tensor:
     """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
     if targets[0].ndim == 4:
-        return losses.soft_pixel_level(logits, targets)
+        if not padded:
+            return losses.soft_pixel_level(logits, targets)
+        counts = torch.stack([target.sum() for target in targets])
+        return balance_processes(losses.soft_cross_entropies(logits, targets), counts).sum()
     if not padded:
         return losses.pixel_level(logits, targets)
     counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
@@ -247,6 +250,12 @@ def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool) -> Ten
 def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
     """Put together what was cached of a teacher's view of the images."""
     found, mask = {}, batch["mask"]
+    if "probabilities" in kinds:
+        labeled, first, second = (
+            functional.interpolate(batch[f"{view}/{name}/probabilities"], size=mask.shape[-2:], mode="bilinear")
+            for view in ("image", "unlabeled", "mix")
+        )
+        found["labeled"], found["unlabeled"] = labeled, mix(first, second, mask)
     if "labels" in kinds:
         found["labeled"] = batch[f"image/{name}/labels"]
         found["unlabeled"] = mix(batch[f"unlabeled/{name}/labels"], batch[f"mix/{name}/labels"], mask)

@@ -43,6 +43,13 @@ def test_soft_pixel_level_by_hand_and_plainly():
             expected -= (target[b, :, y, x] * student[b, :, y, x].log_softmax(0)).sum().item() / (2 * 3 * 5)
     assert mgd.soft_pixel_level(student, probabilities).item() == pytest.approx(expected, rel=1e-12)
     hard = [torch.nn.functional.one_hot(t.argmax(1), 4).permute(0, 3, 1, 2).double() for t in teachers]
+    found = mgd.soft_cross_entropies(student, probabilities)
+    assert found.sum().item() == pytest.approx(expected, rel=1e-12)
+    halved = [torch.cat([target[..., :3], target[..., 3:] * 0.5], dim=-1) for target in probabilities]
+    for target, value in zip(halved, mgd.soft_cross_entropies(student, halved), strict=True):
+        wanted = -(target * student.log_softmax(1)).sum().item() / (2 * 3 * 3 + 2 * 3 * 2 * 0.5)
+        assert value.item() == pytest.approx(wanted, rel=1e-12)
+    assert mgd.soft_cross_entropies(student, [torch.zeros_like(student)]).item() == 0
     assert mgd.soft_pixel_level(student, hard).item() == pytest.approx(mgd.pixel_level(student, teachers).item())
 
 
