@@ -125,19 +125,21 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     accelerator = cli.start(recipe)
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
         raise UserError("the terms suite takes one process, in float32; start it by plain python")
+    trained = METHODS.get(recipe.method.name).sections(recipe.method, recipe.student)
+    if args.model and len(trained) > 1:
+        raise UserError(f"--model is one network, and {recipe.method.name} trains {len(trained)}; leave it out")
+    student = load_segmenter(args.model) if args.model else None
+    if student and student.section != recipe.student.model_copy(update={"pretrained": False}):
+        raise UserError(f"--model {args.model} is another network than the [student] of {args.recipe}")
     device = accelerator.device
     frozen = {name: teacher.to(device) for name, teacher in trained_teachers(recipe).items()}
     splits, partition = check_recipe(recipe, accelerator, frozen)
     if partition.streamed:
         raise UserError(f"{args.recipe}: the terms suite does not take a stream; leave [data.unlabeled] out")
     networks = build_networks(recipe, splits)
-    if args.model and len(networks) > 1:
-        raise UserError(f"--model is one network, and {recipe.method.name} trains {len(networks)}; leave it out")
-    if args.model:
-        networks[0] = load_segmenter(args.model)
-        check_classes(splits.classes, networks[0], f"--model {args.model}")
-        if networks[0].section != recipe.student.model_copy(update={"pretrained": False}):
-            raise UserError(f"--model {args.model} is another network than the [student] of {args.recipe}")
+    if student:
+        check_classes(splits.classes, student, f"--model {args.model}")
+        networks = [student]
     method = METHODS.get(recipe.method.name)(recipe.method, [network.to(device) for network in networks], frozen)
     for network in networks:
         network.train()
