@@ -145,8 +145,8 @@ def compare(
                 )
             found = {kind: sample[f"unlabeled/{name}/{kind}"][None] for kind in kinds}
             if "probabilities" in found:
-                enlarged = enlarge(found["probabilities"], logits.shape[2:])
-                found["labels"] = enlarged.argmax(dim=1).where(enlarged.sum(dim=1) > 0.5, IGNORE_INDEX)
+                classes = enlarge(found["probabilities"], logits.shape[2:]).argmax(dim=1)
+                found["labels"] = classes.where(sample[f"unlabeled/{name}/shown"], IGNORE_INDEX)
             if "labels" in found:
                 counted = found["labels"] != IGNORE_INDEX
                 sums["same"] += (found["labels"] == logits.argmax(dim=1))[counted].double().mean().item() * 100

@@ -4,6 +4,7 @@ python stages/export.py --model runs/quickstart-s0 --format onnx --size 96x96
 """
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -83,8 +84,11 @@ def main() -> None:
     name = "-".join(["model", f"{size[0]}x{size[1]}", *(mark for mark in marks if marks[mark])]) + exporter.suffix
     output = Path(args.output or (Path(args.model) if Path(args.model).is_dir() else Path()) / "export")
     output = Path(_folder(output))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export-") as aside:
+    made = [place for place in (output, *output.parents) if not place.exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as undo:
+        undo.callback(_remove_empty, made)
+        aside = undo.enter_context(tempfile.TemporaryDirectory(dir=output, prefix=".export-"))
         row, notes = verified_export(
             exporter,
             args.format,
@@ -96,7 +100,6 @@ def main() -> None:
             args.max_drop,
             args.threads,
         )
-        output.mkdir(exist_ok=True)
         final = output / name
         if final.is_dir():  # which cannot be replaced in one go
             final.rename(Path(aside) / "old")
@@ -119,6 +122,12 @@ def _folder(path: Path) -> str:
         return cli.output_folder(str(path))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{error}; name another --output") from error
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def _points(text: str) -> float:

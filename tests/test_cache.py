@@ -16,7 +16,7 @@ from mgd.data.targets import CachedTargets, shard_path
 from mgd.data.transforms import View
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe, training_images, training_pairs
-from mgd.methods.mgd import MGD
+from mgd.methods.mgd import MGD, _cached
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.recipe import load, parse_model
 
@@ -107,13 +107,32 @@ def test_probabilities_are_kept_for_soft_labels(cached):
         logits = teachers["b"].eval()(pixels).logits
     wanted = functional.avg_pool2d(logits.softmax(1), 4)[0]
     assert (tensors["3/b/probabilities"] / 255 - wanted).abs().max() < 2.1e-3
-    # A crop of 32 with the image's first 20 columns, enlarged by half, in its right part: 30 columns of it.
-    found = targets.cut(images.ids[3], (48, 48), View((0, 0, 20, 20), (30, 30), (2, 2), False), 32)["b/probabilities"]
-    sums = found.sum(0)
-    assert torch.allclose(sums[1:, 1:], torch.ones(7, 7), atol=0.02) and torch.allclose(
-        sums[0], torch.tensor([0.25] + [0.5] * 7), atol=0.01
-    )
-    assert torch.allclose(found[:, 7, 7], wanted[:, 4, 4], atol=2.1e-3)
+    view = View((0, 0, 20, 20), (30, 30), (2, 2), False)  # its last 4 x 4 pixels show the image's fifth cell
+    found, flipped = (targets.cut(images.ids[3], (48, 48), view._replace(mirrored=m), 32) for m in (False, True))
+    assert torch.allclose(found["b/probabilities"][:, 7, 7], wanted[:, 4, 4], atol=3e-3)
+    assert found["b/shown"].sum() == 900 and found["b/shown"][2:, 2:].all()
+    for kind in ("probabilities", "shown"):
+        assert torch.equal(flipped[f"b/{kind}"], found[f"b/{kind}"].flip(-1)), kind
+
+
+def test_probabilities_are_those_of_online_teachers_where_the_crop_is_the_image(cached, tmp_path):
+    for name in ("a", "b"):  # sure of what they say, so that what is mixed up shows
+        network = load_segmenter(tmp_path / name)
+        with torch.no_grad():
+            network.head.classifier.weight *= 10
+        network.save(tmp_path / name)
+    whole = {"crop": 48, "scales": [1.0], "flip": False}
+    recipe = cached("method.pixel.labels=soft", data=whole, cache={"cell": 4})
+    teachers, _, _, pairs = made(recipe)
+    batch = default_collate([pairs[position] for position in range(4)])
+    views = {"labeled": batch["image"], "first": batch["unlabeled"], "second": batch["mix"]}
+    method = MGD(recipe.method, [], teachers)
+    for name, kinds in MGD.cached_kinds(recipe.method).items():
+        online, ours = method._online(name, views, batch["mask"]), _cached(batch, name, kinds)
+        for what in ("labeled", "unlabeled"):
+            wanted = getattr(online, what)
+            assert wanted.std(dim=(2, 3)).max() > 0.2
+            assert (getattr(ours, what) - wanted).abs().mean() < 0.4 * (wanted.flip(-1) - wanted).abs().mean(), what
 
 
 @pytest.mark.parametrize("labels", ["hard", "soft"])

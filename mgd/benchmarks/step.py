@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from mgd.benchmarks.timing import alternate, peak_memory, precision, ratio_row
 from mgd.data.cutmix import box_masks
+from mgd.data.targets import FINE_CELL
 from mgd.errors import UserError
 from mgd.methods.base import StepOutput
 from mgd.methods.mgd import MGD, MGDConfig
@@ -225,12 +226,16 @@ def cached_views(
         for view in ("image", "unlabeled", "mix"):
             logits, features = teachers[name](batch[view])
             parts = [-(-side // cell) for side in batch[view].shape[-2:]]
+            fine = [-(-side // FINE_CELL) for side in batch[view].shape[-2:]]
             found = {
                 "labels": logits.argmax(dim=1),
+                "probabilities": functional.interpolate(logits.softmax(dim=1), size=fine, mode="area"),
                 "logits": functional.interpolate(logits, size=parts, mode="area"),
                 "features": functional.interpolate(features.float(), size=parts, mode="area"),
             }
             kept |= {f"{view}/{name}/{kind}": found[kind].clone() for kind in kinds}
+            if "probabilities" in kinds:
+                kept[f"{view}/{name}/shown"] = torch.ones_like(found["labels"], dtype=torch.bool)
     return kept
 
 

@@ -104,8 +104,8 @@ class CachedTargets:
 
         Returns:
             By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; probabilities `[K, p, p]` float32, p =
-            ceil(crop / 4), which sum to the share of a part of the crop that is no padding; logits and features
-            `[C, g, g]` float32, g = ceil(crop / cell), means over what a part of the crop shows; in padding, of the
+            ceil(crop / 4), with `shown` `[crop, crop]` bool, False in padding; logits and features `[C, g, g]` float32,
+            g = ceil(crop / cell). The last three are means over what a part of the crop shows; in padding, of the
             nearest cell.
 
         Raises:
@@ -115,24 +115,25 @@ class CachedTargets:
         if index is None:
             raise UserError(f"{self.folder} has no image {name}; write it anew: {self.remedy} --restart")
         path = shard_path(self.folder, index // IMAGES_PER_SHARD)
-        found, parts = {}, -(-crop // self.cell)
+        found = {}
         try:
             for teacher, kinds in self.kinds.items():
                 for kind in [kind for kind in kinds if kind in LABELS or not labels_only]:
                     stored = self._read(path, f"{index}/{teacher}/{kind}")
+                    cell = {"labels": 1, "probabilities": FINE_CELL}.get(kind, self.cell)
+                    if tuple(stored.shape[-2:]) != (-(-size[1] // cell), -(-size[0] // cell)):
+                        raise UserError(
+                            f"{path}: {name} is not of {size[0]}x{size[1]} pixels there; the image has changed: "
+                            f"{self.remedy} --restart"
+                        )
                     if kind == "labels":
-                        if tuple(stored.shape) != size[::-1]:
-                            raise UserError(
-                                f"{path}: {name} is not of {size[0]}x{size[1]} pixels there; the image has changed: "
-                                f"{self.remedy} --restart"
-                            )
                         found[f"{teacher}/{kind}"] = cut_label(stored.numpy(), crop, view)
-                    elif kind == "probabilities":
-                        fine = -(-crop // FINE_CELL)
-                        cells = cut_cells(stored.float() / 255, size, view, crop, fine)
-                        found[f"{teacher}/{kind}"] = cells * _shown(size, view, crop, fine)
-                    else:
-                        found[f"{teacher}/{kind}"] = cut_cells(stored.float(), size, view, crop, parts)
+                        continue
+                    cells = cut_cells(stored, size, view, crop, -(-crop // cell))
+                    if kind == "probabilities":
+                        cells = cells / cells.sum(dim=0)  # many classes of 8 bits do not sum to 1
+                        found[f"{teacher}/shown"] = shown(view, crop)
+                    found[f"{teacher}/{kind}"] = cells
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error}; delete it, and this mends it: {self.remedy}") from error
         return found
@@ -155,6 +156,14 @@ def _open(path: Path, manifest: str) -> tuple[safe_open, dict[str, int]]:
     return shard, header["checksums"]
 
 
+def shown(view: View, crop: int) -> Tensor:
+    """Return `[crop, crop]` bool: where a crop shows its image; elsewhere is padding."""
+    (x, y), (width, height) = view.offset, view.size
+    found = torch.zeros(crop, crop, dtype=torch.bool)
+    found[y : y + height, x : x + width] = True
+    return found.flip(-1) if view.mirrored else found
+
+
 def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:
     """Average a coarse map of an image over the parts of a crop, each cell by the area that it shares with the part.
 
@@ -166,23 +175,12 @@ def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts
         parts: the crop is divided into parts x parts.
 
     Returns:
-        `[C, parts, parts]`.
+        `[C, parts, parts]` float32.
     """
     columns, rows = (_shares(axis, cells.shape[2 - axis], size, view, crop, parts) for axis in (0, 1))
-    return rows @ (cells @ columns.T)
-
-
-@functools.lru_cache(maxsize=8)  # those of all teachers are cut alike
-def _shown(size: tuple[int, int], view: View, crop: int, parts: int) -> Tensor:
-    """Return `[parts, parts]`: the share of each part of the crop that the image covers."""
-    columns, rows = (torch.from_numpy(_lengths(axis, size, view, crop, parts)) for axis in (0, 1))
-    return rows[:, None] * columns
-
-
-def _lengths(axis: int, size: tuple[int, int], view: View, crop: int, parts: int) -> np.ndarray:
-    edges = (np.arange(parts + 1) * (crop / parts) - view.offset[axis]).clip(0, view.size[axis])
-    lengths = (np.diff(edges) * (parts / crop)).astype(np.float32)
-    return lengths[::-1].copy() if axis == 0 and view.mirrored else lengths
+    (left, right), (top, bottom) = (shares.any(dim=0).nonzero()[[0, -1], 0].tolist() for shares in (columns, rows))
+    seen = cells[:, top : bottom + 1, left : right + 1].float()  # most of a large image is not
+    return rows[:, top : bottom + 1] @ (seen @ columns[:, left : right + 1].T)
 
 
 @functools.lru_cache(maxsize=8)  # logits and features, of all teachers, are cut alike

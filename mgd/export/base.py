@@ -93,7 +93,7 @@ class _HalvingPool(nn.AvgPool2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what `nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)` does."""
+        """Return what `nn.AvgPool2d(2, 2, ceil_mode=True)` does."""
         return functional.avg_pool2d(functional.pad(x, [0, 1, 0, 1], mode="replicate"), 2, 2)
 
 
@@ -111,14 +111,22 @@ def _overlap(layer: nn.Conv2d | nn.AvgPool2d, axis: int) -> int:
     return (layer.kernel_size[axis] - 1) * dilation + 1 - layer.stride[axis]
 
 
-def _traceable(layer: nn.Module) -> type[nn.Module]:
-    """Return a class with the same results and attributes that can be traced for any size."""
+def traceable(network: nn.Module) -> nn.Module:
+    """Return a copy with the same results that torch.export can trace for images of any size."""
+    network = copy.deepcopy(network)
+    for layer in network.modules():
+        layer.__class__ = _traceable_class(layer)
+    return network
+
+
+def _traceable_class(layer: nn.Module) -> type[nn.Module]:
     simple = {Conv2dSame: _SimplyPadded, AvgPool2dSame: _SimplyPaddedPool}.get(type(layer))
     if simple and min(_overlap(layer, 0), _overlap(layer, 1)) >= 0:
         return simple
-    if type(layer) is nn.AvgPool2d and layer.ceil_mode and not layer.count_include_pad:
+    if type(layer) is nn.AvgPool2d and layer.ceil_mode and layer.divisor_override is None:
         shape = [tuple(np.broadcast_to(value, 2)) for value in (layer.kernel_size, layer.stride, layer.padding)]
-        return _HalvingPool if shape == [(2, 2), (2, 2), (0, 0)] else nn.AvgPool2d
+        if shape == [(2, 2), (2, 2), (0, 0)]:
+            return _HalvingPool
     return type(layer)
 
 
@@ -133,8 +141,6 @@ class Deployed(nn.Module):
     def __init__(self, model: Segmenter, target: Target) -> None:
         super().__init__()
         self.model, self.baked = copy.deepcopy(model), target.baked
-        for module in self.model.modules():
-            module.__class__ = _traceable(module)
         self.cpu().to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -149,7 +155,7 @@ class Deployed(nn.Module):
 
 def trace(network: nn.Module, target: Target) -> torch.export.ExportedProgram:
     """Return what every converter but LiteRT's begins with."""
-    return torch.export.export(network, (target.example(),), dynamic_shapes=target.shapes())
+    return torch.export.export(traceable(network), (target.example(),), dynamic_shapes=target.shapes())
 
 
 class Exporter:

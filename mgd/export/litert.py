@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgd.export.base import Deployed, Exporter, Int8, Runner, Target
+from mgd.export.base import Deployed, Exporter, Int8, Runner, Target, traceable
 from mgd.registry import EXPORTERS
 
 
@@ -20,7 +20,7 @@ class LiteRTExporter(Exporter):
         """See `Exporter.write`."""
         import litert_torch
 
-        converted = litert_torch.convert(network, (target.example(),), dynamic_shapes=target.shapes())
+        converted = litert_torch.convert(traceable(network), (target.example(),), dynamic_shapes=target.shapes())
         converted.export(str(path))
 
     def open(self, path: Path, threads: int) -> Runner:

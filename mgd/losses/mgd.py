@@ -54,7 +54,8 @@ def soft_cross_entropies(student_logits: Tensor, probabilities: Sequence[Tensor]
         `[N]`; 0 where all probabilities are.
     """
     logarithms = student_logits.log_softmax(dim=1)
-    sums = [(target * logarithms).sum() / target.sum().clamp(min=1) for target in probabilities]
+    targets = [target.detach() for target in probabilities]
+    sums = [(target * logarithms).sum() / target.sum().clamp(min=1) for target in targets]
     return -torch.stack(sums)
 
 

@@ -81,7 +81,7 @@ class Seen(NamedTuple):
     """Classes `[B, H, W]` of the labelled images, or class probabilities `[B, K, H, W]`."""
     unlabeled: Tensor | None = None
     """The same for the mixed images: those of the two images, mixed like them. Of cached teachers classes are 255 in
-    padding, and probabilities sum to 0."""
+    padding, and probabilities 0."""
     logits: Tensor | None = None
     """`[B, K, g, g]` of the mixed images, means over equal parts of them (or `[B, K, H, W]`, before any mean)."""
     features: Tensor | None = None
@@ -253,6 +253,7 @@ def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
     if "probabilities" in kinds:
         labeled, first, second = (
             functional.interpolate(batch[f"{view}/{name}/probabilities"], size=mask.shape[-2:], mode="bilinear")
+            * batch[f"{view}/{name}/shown"][:, None]
             for view in ("image", "unlabeled", "mix")
         )
         found["labeled"], found["unlabeled"] = labeled, mix(first, second, mask)

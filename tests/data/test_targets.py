@@ -72,6 +72,33 @@ def test_labels_are_cut_like_those_of_the_image(tmp_path):
         assert found["t/logits"].shape == (5, 3, 3) and found["t/logits"].dtype == torch.float32
 
 
+def test_what_is_shown_is_no_padding_and_probabilities_sum_to_one(tmp_path):
+    rng = np.random.default_rng(0)
+    stored = torch.from_numpy((rng.dirichlet([0.02] * 150, (18, 25)) * 255).round().astype(np.uint8)).permute(2, 0, 1)
+    write_shard(tmp_path, 0, MANIFEST, {"1/t/probabilities": stored.contiguous()})
+    targets = CachedTargets(tmp_path, MANIFEST, {"t": ("probabilities",)}, "mend")
+    parts = set()
+    for seed in range(20):
+        view = draw_view(*SIZE, CROP, (0.4, 1.0, 2.0), True, np.random.default_rng(seed))
+        found = targets.cut("b", SIZE, view, CROP, labels_only=True)
+        label = augment(PIL.Image.new("RGB", SIZE), np.zeros(SIZE[::-1], np.uint8), CROP, view)[1]
+        assert torch.equal(found["t/shown"], label != 255)
+        assert torch.allclose(found["t/probabilities"].sum(0), torch.ones(12, 12), atol=1e-5)
+        parts |= {bool(found["t/shown"].all())}
+    assert parts == {True, False}
+
+
+@pytest.mark.parametrize("kind, shape", [("labels", (60, 40)), ("probabilities", (3, 15, 10)), ("logits", (3, 4, 3))])
+def test_predictions_for_an_image_of_another_size_are_named(tmp_path, kind, shape):
+    stored = torch.ones(shape, dtype=torch.half if kind == "logits" else torch.uint8)
+    write_shard(tmp_path, 0, MANIFEST, {f"0/t/{kind}": stored})
+    targets = CachedTargets(tmp_path, MANIFEST, {"t": (kind,)}, "mend")
+    view = View((0, 0, 40, 40), (48, 48), (0, 0), False)
+    assert targets.cut("a", (40, 60), view, CROP)
+    with pytest.raises(UserError, match="a is not of 60x40 pixels there; the image has changed"):
+        targets.cut("a", (60, 40), view, CROP)
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     write(tmp_path)
     view = View((0, 0, 48, 48), (48, 48), (0, 0), False)

@@ -199,14 +199,19 @@ def test_same_padding_is_timms(kernel, stride, dilation):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_pools_are_those_of_timm_and_torch(stride):
-    same = AvgPool2dSame(2, stride, ceil_mode=True, count_include_pad=False)
-    for theirs in (same, torch.nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False)):
-        ours = copy.deepcopy(theirs)
-        ours.__class__ = base._traceable(theirs)
+    halving = base._HalvingPool if stride == 2 else torch.nn.AvgPool2d
+    for theirs, swapped in (
+        (AvgPool2dSame(2, stride, ceil_mode=True, count_include_pad=False), base._SimplyPaddedPool),
+        (torch.nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False), halving),
+        (torch.nn.AvgPool2d((2, 2), stride, ceil_mode=True), halving),
+        (torch.nn.AvgPool2d(2, stride, ceil_mode=True, divisor_override=1), torch.nn.AvgPool2d),
+        (torch.nn.AvgPool2d(2, stride, padding=1, ceil_mode=True), torch.nn.AvgPool2d),
+    ):
+        ours = base.traceable(theirs)
+        assert type(ours) is swapped and type(theirs) is not swapped or swapped is torch.nn.AvgPool2d
         for size in ((32, 33), (31, 34), (35, 36), (7, 5)):
             image = torch.randn(1, 3, *size)
             assert torch.allclose(ours(image), theirs(image), atol=1e-6)
-    assert (type(ours) is base._HalvingPool) == (stride == 2)
 
 
 def test_unknown_format():

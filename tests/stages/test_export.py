@@ -78,7 +78,7 @@ def test_what_cannot_be_converted_leaves_nothing(run, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(EXPORTERS.get("torch_export"), "write", fails)
     status, _, error = call_stage(
-        capsys, "export.py", "--model", run, "--format", "torch_export", "--output", tmp_path / "out"
+        capsys, "export.py", "--model", run, "--format", "torch_export", "--output", tmp_path / "new" / "out"
     )
     assert status == 2 and "--format torch_export cannot take" in error and "no such operator" in error
     assert list(tmp_path.iterdir()) == []
