@@ -1,4 +1,4 @@
-"""The two pictures of a run: curves.png and overlays.png."""
+"""The pictures of runs and reports: curves, overlays, contact sheets, cost and partition plots."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +18,7 @@ from mgd.pictures import colorize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
+from matplotlib.ticker import LogFormatter  # noqa: E402
 
 
 def plot_curves(log: Path, output: Path) -> None:
@@ -146,24 +147,25 @@ def _legend(
     return items, top + 22
 
 
-def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float]]], output: Path) -> None:
+def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float, float | None]]], output: Path) -> None:
     """Draw mIoU against the cost of the whole network, as Fig. 1 of the paper.
 
     Args:
-        panels: by title, the points: method, text, GMACs, val mIoU %.
+        panels: by title, the points: method, text, GMACs, val mIoU %, spread.
         output: PNG file.
     """
     figure, axes = _panels(len(panels))
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         for method in sorted({point[0] for point in points}):
             chosen = [point for point in points if point[0] == method]
-            axis.scatter([point[2] for point in chosen], [point[3] for point in chosen], label=method)
-        for _, text, gmacs, miou in points:
+            _, _, costs, means, spreads = zip(*chosen, strict=True)
+            axis.errorbar(costs, means, [spread or 0.0 for spread in spreads], fmt="o", capsize=3, label=method)
+        for _, text, gmacs, miou, _ in points:
             axis.annotate(text, (gmacs, miou), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axis.set(xlabel="GMACs of backbone and head, one crop", ylabel="val mIoU, %", xscale="log")
         axis.set_title(title, fontsize="small")
-        for ticks in (axis.xaxis.set_major_formatter, axis.xaxis.set_minor_formatter):
-            ticks("{x:g}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(LogFormatter())  # the fewer labels, the more decades
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.margins(x=0.3)
         axis.legend(fontsize="small")

@@ -62,8 +62,8 @@ def main() -> None:
     cost = {cell.label: row["gmacs"] for cell, row in zip(cells, rows, strict=True)}
     points: dict[str, list] = {title: [] for title in groups}
     for cell in cells:
-        text = f"{cell.recipe.student.backbone}, {cell.num_labeled}"
-        points[cell.title].append((cell.recipe.method.name, text, cost[cell.label], cell.mean))
+        text = f"{cell.row_name}, {cell.num_labeled}"
+        points[cell.title].append((cell.recipe.method.name, text, cost[cell.label], cell.mean, cell.spread))
     plot_costs(points, folder / "cost.png")
     lines: dict[str, dict[str, list]] = {title: {} for title in groups}
     for cell in cells:
