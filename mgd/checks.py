@@ -204,7 +204,9 @@ def _check_images(
     unlabeled = tuple(name for name in unlabeled if name not in problems["unlabelled"])
     skipped = problems["labelled"] | problems["unlabelled"]
     skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
-    return splits, Split(labeled, unlabeled, skipped, val=tuple(val)), (first.height, first.width)
+    class_pixels = tuple(pixels["labelled"][: len(splits.classes)].tolist())
+    partition = Split(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels)
+    return splits, partition, (first.height, first.width)
 
 
 def _read_all(

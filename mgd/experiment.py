@@ -116,6 +116,7 @@ def _run(
     online = {} if targets else teachers or {}
     frozen = {name: teacher.to(accelerator.device) for name, teacher in online.items()}
     method = method_class(recipe.method, networks, frozen)
+    method.weigh_classes(torch.tensor(partition.class_pixels))
     if recipe.run.compile:
         for network in [*networks, *frozen.values()]:
             network.compile(dynamic=False)  # a crop and a batch are always of one size

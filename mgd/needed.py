@@ -15,14 +15,14 @@ from mgd.runs import recipe_differences
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
-_OF_BASELINES = ("student.", "optim.", "eval.", "method.ohem")
+_OF_BASELINES = ("student.", "optim.", "eval.", "method.ohem", "method.class_balance")
 
 
 def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
     """Load the recipes of the teachers and baselines of a student.
 
     They take over its seed, partition, output folder and tracker, and its `--set`s of data, partition and of how
-    a run is done; a baseline, being the same student, those of student, optim, eval and OHEM too.
+    a run is done; a baseline, being the same student, those of student, optim, eval, OHEM and class balance too.
 
     Returns:
         Teachers by their name, baselines as "baseline FILE".

@@ -141,6 +141,7 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
         check_classes(splits.classes, student, f"--model {args.model}")
         networks = [student]
     method = METHODS.get(recipe.method.name)(recipe.method, [network.to(device) for network in networks], frozen)
+    method.weigh_classes(torch.tensor(partition.class_pixels))
     for network in networks:
         network.train()
     pairs = training_pairs(recipe, splits, partition)

@@ -9,6 +9,7 @@ import time
 import tomllib
 from types import SimpleNamespace
 
+import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
@@ -18,9 +19,10 @@ from accelerate import Accelerator
 from conftest import ROOT
 
 from mgd import checks
-from mgd.checks import finished
+from mgd.checks import check_recipe, finished
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
+from mgd.methods.base import Method
 from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
@@ -179,12 +181,14 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
         eval={"baselines": [str(tmp_path / "baseline.toml")]},
     )
     sets = ["run.seed=3", "run.checkpoint_every=7", "data.crop=40", "optim.lr=0.5", "method.ohem.threshold=0.5"]
+    sets.append("method.class_balance=0.5")
     deep, twin, baseline = needed_recipes(load(path, sets)).values()
     assert [recipe.run_dir.name for recipe in (deep, twin, baseline)] == ["deep-s3", "deep-s1003", "baseline-s3"]
     for recipe in (deep, twin, baseline):
         assert (recipe.partition_seed, recipe.run.checkpoint_every, recipe.data.crop) == (3, 7, 40)
     assert [recipe.optim.lr for recipe in (deep, baseline)] == [0.01, 0.5]
     assert [recipe.method.ohem.threshold for recipe in (deep, baseline)] == [0.7, 0.5]
+    assert [recipe.method.class_balance for recipe in (deep, baseline)] == [0.0, 0.5]
     with pytest.raises(UserError, match=r"\[teachers.twin\] seed_offset = -4: run.seed = 3 is too small"):
         needed_recipes(load(path, [*sets, "teachers.twin.seed_offset=-4"]))
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
@@ -195,6 +199,17 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
 def test_classes_without_a_label_are_announced(write_recipe, capsys):
     run_recipe(load(write_recipe(), ["partition.labeled=1", "optim.batch_size=2"]), Accelerator())
     assert "note: no labelled pixel of class " in capsys.readouterr().out
+
+
+def test_class_balance_goes_by_the_labelled_masks(write_recipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Method, "weigh_classes", lambda self, pixels: seen.append(pixels))
+    recipe = load(write_recipe(), ["method.class_balance=1.0"])
+    run_recipe(recipe, Accelerator())
+    splits, partition = check_recipe(recipe, Accelerator())
+    masks = [np.asarray(row["label"]) for row in splits.labeled if row["id"] in partition.labeled]
+    counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=len(splits.classes))
+    assert len(masks) == 4 and len(seen) == 1 and seen[0].tolist() == counts.tolist()
 
 
 def test_bad_validation_masks_are_found_before_training(write_recipe, tmp_path):

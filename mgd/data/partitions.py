@@ -27,6 +27,8 @@ class Split:
     """Identity of the files of [data.unlabeled]."""
     val: tuple[str, ...] = ()
     """Ids of the images to evaluate on, once they have been read."""
+    class_pixels: tuple[int, ...] = ()
+    """Labelled pixels of each class, likewise."""
 
     @property
     def num_unlabeled(self) -> int | None:

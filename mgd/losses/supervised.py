@@ -23,7 +23,27 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Ten
     return cross_entropies(logits, [label], ignore_index)[0]
 
 
-def cross_entropies(logits: Tensor, labels: Sequence[Tensor], ignore_index: int = 255) -> Tensor:
+def class_weights(pixels: Tensor, exponent: float) -> Tensor:
+    """Weights that let rare classes count more: (median frequency / frequency) ** exponent.
+
+    With an exponent of 1, median frequency balancing (Eigen and Fergus, ICCV 2015, 6.3.2), but for the frequencies,
+    which are those of all labelled pixels; as there, the median is that of the classes.
+
+    Args:
+        pixels: `[K]`, labelled pixels of each class; one that has none weighs 1, and is not in the median.
+        exponent: 0 (all weigh the same) to 1.
+
+    Returns:
+        `[K]` float32, at most 20: a class of a few pixels shall not outweigh all others of its batch.
+    """
+    seen = pixels > 0
+    ratio = pixels[seen].double().quantile(0.5) / pixels.double()
+    return ratio.pow(exponent).clamp(max=20).where(seen, 1.0).float()
+
+
+def cross_entropies(
+    logits: Tensor, labels: Sequence[Tensor], ignore_index: int = 255, weights: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy of one prediction against each of N label maps.
 
     Of the logits' size, nothing is kept for the backward pass but the logits, and nothing made there
@@ -33,42 +53,51 @@ def cross_entropies(logits: Tensor, labels: Sequence[Tensor], ignore_index: int 
         logits: `[B, K, H, W]`.
         labels: N tensors `[B, H, W]` int64, classes 0..K-1 or `ignore_index`.
         ignore_index: label of pixels that do not count.
+        weights: `[K]`, how much a pixel of each class counts; left out, all the same.
 
     Returns:
-        `[N]`; 0 where no pixel is labelled.
+        `[N]`, (weighted) means; 0 where no pixel is labelled.
     """
-    return _CrossEntropies.apply(logits, torch.stack(list(labels)), ignore_index)
+    return _CrossEntropies.apply(logits, torch.stack(list(labels)), ignore_index, weights)
 
 
 class _CrossEntropies(torch.autograd.Function):
     """-log softmax(z)[y] = logsumexp(z) - z[y]; its gradient is softmax(z) - onehot(y)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
         counted = labels != ignore_index
-        counts = counted.sum(dim=(1, 2, 3)).clamp(min=1)
         index = labels.where(counted, 0)  # `gather` wants a class everywhere
+        shares = counted if class_weights is None else class_weights[index] * counted
+        totals = shares.sum(dim=(1, 2, 3))
+        totals = totals.where(totals > 0, 1)
         normalizer = logits.logsumexp(dim=1)
         losses = [
-            (normalizer - logits.gather(1, index[n, :, None])[:, 0]).where(counted[n], 0.0).sum() / counts[n]
-            for n in range(len(labels))
+            (normalizer - logits.gather(1, index[n, :, None])[:, 0]).where(counted[n], 0.0) for n in range(len(labels))
         ]
-        ctx.save_for_backward(logits, normalizer, index, counted, counts)
-        return torch.stack(losses)
+        if class_weights is not None:
+            losses = [loss * share for loss, share in zip(losses, shares, strict=True)]
+        ctx.save_for_backward(logits, normalizer, index, shares, totals)
+        return torch.stack([loss.sum() for loss in losses]) / totals
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, normalizer, index, counted, counts = ctx.saved_tensors
-        weights = (grad / counts)[:, None, None, None] * counted  # [N, B, H, W]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, normalizer, index, shares, totals = ctx.saved_tensors
+        weights = (grad / totals)[:, None, None, None] * shares  # [N, B, H, W]
         result = (logits - normalizer[:, None]).exp_().mul_(weights.sum(dim=0)[:, None])
         for n in range(len(index)):
             result.scatter_add_(1, index[n, :, None], -weights[n, :, None].to(result.dtype))
-        return result, None, None
+        return result, None, None, None
 
 
 def ohem_cross_entropy(
-    logits: Tensor, label: Tensor, threshold: float = 0.7, min_kept: int = 50_000, ignore_index: int = 255
+    logits: Tensor,
+    label: Tensor,
+    threshold: float = 0.7,
+    min_kept: int = 50_000,
+    ignore_index: int = 255,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the hard pixels (online hard example mining; the authors' code on Cityscapes).
 
@@ -82,17 +111,25 @@ def ohem_cross_entropy(
         threshold: probability of the true class up to which a pixel is hard.
         min_kept: pixels of the whole batch that are kept at the least.
         ignore_index: label of pixels that do not count.
+        weights: `[K]`, how much a pixel of each class counts in the mean (which are kept does not depend on it); left
+            out, all the same.
 
     Returns:
-        Scalar, mean over the kept pixels, 0 when no pixel is labelled; and how many were kept.
+        Scalar, (weighted) mean over the kept pixels, 0 when no pixel is labelled; and how many were kept, or the sum of
+        their weights.
     """
     loss = functional.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
     valid = label != ignore_index
-    loss = loss[valid]
+    loss, label = loss[valid], label[valid]
     if loss.numel() > min_kept:
         # p <= threshold is loss >= -log(threshold); the k-th smallest p is the k-th largest loss.
         bar = loss.new_tensor(threshold).log().neg()
         if min_kept > 0:
             bar = torch.minimum(bar, loss.detach().topk(min_kept).values[-1])
-        loss = loss[loss.detach() >= bar]
-    return loss.sum() / max(loss.numel(), 1), label.new_tensor(loss.numel())
+        hard = loss.detach() >= bar
+        loss, label = loss[hard], label[hard]
+    if weights is None:
+        return loss.sum() / max(loss.numel(), 1), label.new_tensor(loss.numel())
+    each = weights[label]
+    total = each.sum()
+    return (loss * each).sum() / total.where(total > 0, 1), total

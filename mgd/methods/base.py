@@ -33,6 +33,9 @@ class MethodSection(Section):
 
     ohem: OHEM | None = None
     """Left out, every labelled pixel counts."""
+    class_balance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Pixels of rare classes count more in the supervised loss, by (median frequency / frequency) ** class_balance over
+    the labelled pixels: 0 is not at all, 1 is median frequency balancing."""
 
 
 class StepOutput(NamedTuple):
@@ -65,6 +68,7 @@ class Method:
         self.config = config
         self.networks = list(networks)
         self.averages: dict[str, nn.Module] = {}  # untrained companions that belong into the checkpoint
+        self.class_weights: Tensor | None = None
         self.teachers = {name: teacher.eval().requires_grad_(False) for name, teacher in (teachers or {}).items()}
 
     @classmethod
@@ -124,19 +128,31 @@ class Method:
         """Return the network that is evaluated and ships."""
         return bare(self.networks[0])
 
+    def weigh_classes(self, pixels: Tensor) -> None:
+        """Set the weights that `[method] class_balance` asks for.
+
+        Args:
+            pixels: `[K]`, labelled pixels of each class.
+        """
+        if self.config.class_balance:
+            self.class_weights = supervised.class_weights(pixels, self.config.class_balance)
+
     def labeled_loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Cross-entropy over the labelled pixels of the *global* batch, or OHEM if the recipe says so.
+        """Cross-entropy over the labelled pixels of the *global* batch; weighted, or OHEM, if the recipe says so.
 
         Args:
             logits: `[b, K, H, W]`.
             label: `[b, H, W]`.
         """
+        weights = None if self.class_weights is None else self.class_weights.to(label.device)
         if (ohem := self.config.ohem) is not None:
             min_kept = ohem.min_kept_per_image * label.shape[0]
             return balance_processes(
-                *supervised.ohem_cross_entropy(logits, label, ohem.threshold, min_kept, IGNORE_INDEX)
+                *supervised.ohem_cross_entropy(logits, label, ohem.threshold, min_kept, IGNORE_INDEX, weights)
             )
-        return balance_processes(supervised.cross_entropy(logits, label, IGNORE_INDEX), (label != IGNORE_INDEX).sum())
+        counted = label != IGNORE_INDEX
+        total = (counted if weights is None else weights[label.where(counted, 0)] * counted).sum()
+        return balance_processes(supervised.cross_entropies(logits, [label], IGNORE_INDEX, weights)[0], total)
 
 
 def look(teacher: nn.Module, views: Mapping[str, Tensor], wanted: Sequence[str]) -> dict:

@@ -62,10 +62,10 @@ def test_gradients(loss):
     assert loss(teacher, teacher, 2.0).item() == pytest.approx(0, abs=1e-12)
 
 
-def _ohem_restated(logits, label, threshold, min_kept):
+def _ohem_restated(logits, label, threshold, min_kept, weights):
     probability = logits.softmax(1)
     pixels = [
-        (probability[b, label[b, y, x], y, x].item(), -probability[b, label[b, y, x], y, x].log())
+        (probability[b, c := label[b, y, x], y, x].item(), -probability[b, c, y, x].log().item(), weights[c].item())
         for b in range(label.shape[0])
         for y in range(label.shape[1])
         for x in range(label.shape[2])
@@ -74,9 +74,9 @@ def _ohem_restated(logits, label, threshold, min_kept):
     if not pixels:
         return 0.0
     if len(pixels) > min_kept:
-        kth = sorted(p for p, _ in pixels)[min_kept - 1] if min_kept else 0
-        pixels = [(p, loss) for p, loss in pixels if p <= max(threshold, kth) + 1e-12]
-    return sum(loss for _, loss in pixels).item() / len(pixels)
+        kth = sorted(p for p, *_ in pixels)[min_kept - 1] if min_kept else 0
+        pixels = [pixel for pixel in pixels if pixel[0] <= max(threshold, kth) + 1e-12]
+    return sum(loss * weight for _, loss, weight in pixels) / sum(weight for *_, weight in pixels)
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.7])
@@ -84,8 +84,12 @@ def _ohem_restated(logits, label, threshold, min_kept):
 def test_ohem_restated(threshold, min_kept):
     logits, label = torch.randn(2, 4, 5, 6, dtype=torch.float64), torch.randint(4, (2, 5, 6))
     label[0, :2] = 255
-    expected = _ohem_restated(logits, label, threshold, min_kept)
+    expected = _ohem_restated(logits, label, threshold, min_kept, torch.ones(4))
     assert ohem_cross_entropy(logits, label, threshold, min_kept)[0].item() == pytest.approx(expected, rel=1e-6)
+    classes = torch.tensor([0.25, 4.0, 1.0, 0.5])
+    expected = _ohem_restated(logits, label, threshold, min_kept, classes)
+    found = ohem_cross_entropy(logits, label, threshold, min_kept, weights=classes)[0]
+    assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_ohem_corner_cases():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mgd.losses.supervised import cross_entropies, cross_entropy
+from mgd.losses.supervised import class_weights, cross_entropies, cross_entropy
 
 
 def test_hand_worked_value():
@@ -54,4 +54,25 @@ def test_several_label_maps_agree_with_torch():
     assert torch.allclose(ours, plain, rtol=1e-12)
     (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
     (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
+    assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_class_weights_by_hand():
+    pixels = torch.tensor([800, 100, 0, 400, 1])  # the median of the classes seen is 250
+    assert class_weights(pixels, 1.0).tolist() == pytest.approx([0.3125, 2.5, 1.0, 0.625, 20.0])
+    assert class_weights(pixels, 0.5).tolist() == pytest.approx([0.3125**0.5, 2.5**0.5, 1.0, 0.625**0.5, 250**0.5])
+    assert class_weights(pixels, 0.0).tolist() == [1.0] * 5
+
+
+def test_weighted_classes_agree_with_torch():
+    torch.manual_seed(2)
+    logits = torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    labels = [torch.randint(4, (2, 5, 6)) for _ in range(2)]
+    labels[0][:, 1], labels[1][:] = 255, 255
+    classes = torch.tensor([0.2, 3.0, 1.0, 0.7], dtype=torch.float64)
+    ours = cross_entropies(logits, labels, weights=classes)
+    plain = functional.cross_entropy(logits, labels[0], weight=classes, ignore_index=255)
+    assert ours[0].item() == pytest.approx(plain.item(), rel=1e-12) and ours[1].item() == 0
+    (gradient,) = torch.autograd.grad(ours.sum(), logits)
+    (expected,) = torch.autograd.grad(plain, logits)
     assert torch.allclose(gradient, expected, rtol=1e-12, atol=1e-15)

@@ -21,16 +21,19 @@ rank, file = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
 batch = load_file(file)
 logits, label = batch["logits"], batch["label"]
-for ohem in (None, OHEM(threshold=0.3, min_kept_per_image=0)):
+hard = OHEM(threshold=0.3, min_kept_per_image=0)
+for name, ohem, balance in (("all", None, 0), ("ohem", hard, 0), ("all.rare", None, 1), ("ohem.rare", hard, 1)):
     mine = logits[rank :: 2].clone().requires_grad_()
-    loss = Supervised(SupervisedConfig(ohem=ohem), []).labeled_loss(mine, label[rank :: 2])
+    method = Supervised(SupervisedConfig(ohem=ohem, class_balance=balance), [])
+    method.weigh_classes(torch.tensor([16, 8, 4, 2, 1]))
+    loss = method.labeled_loss(mine, label[rank :: 2])
     loss.backward()
     gradient = torch.zeros_like(logits)
     gradient[rank :: 2] = mine.grad
     both = torch.cat([loss.detach().reshape(1), gradient.flatten()])
     torch.distributed.all_reduce(both)
     if rank == 0:
-        save_file({"mean": both / 2}, file + (".ohem" if ohem else ".all"))  # what DistributedDataParallel averages
+        save_file({"mean": both / 2}, file + "." + name)  # what DistributedDataParallel averages
 """
 
 
@@ -44,10 +47,19 @@ def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path):
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     loss = functional.cross_entropy(logits.requires_grad_(), label, ignore_index=255, reduction="none")
     hard = (label != 255) & (logits.softmax(1).gather(1, label.clamp(max=4)[:, None])[:, 0] <= 0.3)
-    for name, chosen in (("all", label != 255), ("ohem", hard)):
-        (gradient,) = torch.autograd.grad(loss[chosen].mean(), logits, retain_graph=True)
+    rare = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])[label.clamp(max=4)]
+    same = torch.ones_like(rare)
+    cases = {
+        "all": (label != 255, same),
+        "ohem": (hard, same),
+        "all.rare": (label != 255, rare),
+        "ohem.rare": (hard, rare),
+    }
+    for name, (chosen, weight) in cases.items():
+        mean = (loss * weight)[chosen].sum() / weight[chosen].sum()
+        (gradient,) = torch.autograd.grad(mean, logits, retain_graph=True)
         found = load_file(f"{file}.{name}")["mean"]
-        assert found[0].item() == pytest.approx(loss[chosen].mean().item(), rel=1e-6)
+        assert found[0].item() == pytest.approx(mean.item(), rel=1e-6)
         assert torch.allclose(found[1:].view_as(gradient), gradient, rtol=1e-5, atol=1e-8)
     with_ohem = Supervised(SupervisedConfig(ohem=OHEM(threshold=0.3, min_kept_per_image=0)), [])
     assert with_ohem.labeled_loss(logits, label).item() == pytest.approx(loss[hard].mean().item(), rel=1e-6)
