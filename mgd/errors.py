@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,6 +40,11 @@ class Stopped(BaseException):
 def one_line(error: object, limit: int = 200) -> str:
     """Return what another library's error says as one line of at most `limit` characters; its type if it is silent."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def did_you_mean(value: object, choices: Iterable[str]) -> str:

@@ -69,7 +69,9 @@ def main() -> None:
     check_ids([*images.ids, *labeled.ids])
     budget = labeled_amount(args.budget, len(images))
     if budget >= len(images):
-        raise UserError(f"--budget {args.budget}: there is a choice among fewer than all {len(images)} images only")
+        raise UserError(
+            f"--budget {args.budget}: {len(images)} images can be chosen from; give at most {len(images) - 1}"
+        )
     networks = [load_segmenter(name).eval().to(accelerator.device) for name in args.model]
     for name, network in zip(args.model, networks, strict=True):
         check_classes(recipe.data.class_names(), network, name)

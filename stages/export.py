@@ -71,7 +71,10 @@ def main() -> None:
 
     # ---- images, read before anything is written ----
     if args.images:
-        tried = calibrated = samples.of_folder(args.images, model, args.samples)
+        tried, problems = samples.of_folder(args.images, model, args.samples)
+        calibrated = tried
+        for problem in problems:
+            print(f"note: left out: {problem}")
     else:
         source = args.recipe or folder / "recipe.toml"
         if not Path(source).exists():

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mgd.data import shapes
 from mgd.data.transforms import LabelDecoder
-from mgd.errors import UserError
+from mgd.errors import UserError, some
 from mgd.pictures import SUFFIXES
 from mgd.recipe import DataSection
 from mgd.registry import DATASETS
@@ -305,11 +305,6 @@ def _files(folder: Path) -> list[Path]:
         seen.add(os.path.realpath(place))
         found += [path for name in names if (path := Path(place, name)).is_file() or path.is_symlink()]
     return sorted(found)
-
-
-def some(names: list[str]) -> str:
-    """Return the first five names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _png(array) -> bytes:

@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import pooch
 
-from mgd.errors import UserError, one_line
+from mgd.errors import UserError, one_line, some
 from mgd.files import write_text
 from mgd.pictures import SUFFIXES
 from mgd.recipe import Partition
@@ -87,8 +87,7 @@ def check_ids(ids: Iterable[str]) -> None:
         UserError: some contain what a line cannot hold.
     """
     if wrong := [repr(name) for name in ids if _lines(name) != [name]]:
-        listed = ", ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise UserError(f"the id {listed} cannot stand on a line of a list; rename the image")
+        raise UserError(f"the id {some(wrong)} cannot stand on a line of a list; rename the image")
 
 
 def write_list(path: Path, ids: Sequence[str]) -> None:
@@ -115,9 +114,7 @@ def match(entries: list[str], known: Collection[str], what: str) -> list[str]:
     ids = [_id_of(entry, known) for entry in entries]
     lost = [entry for entry, name in zip(entries, ids, strict=True) if name not in known]
     if lost:
-        raise UserError(
-            f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {', '.join(lost[:3])}"
-        )
+        raise UserError(f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {some(lost)}")
     if len(set(ids)) < len(ids):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         raise UserError(f"{what}: names {twice[0]} twice")

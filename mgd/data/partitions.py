@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from mgd.data.lists import match, own_lists, public_lists
-from mgd.errors import UserError
+from mgd.errors import UserError, some
 from mgd.recipe import Partition
 from mgd.tables import labeled_amount
 
@@ -107,7 +107,10 @@ def _by_lists(section: Partition, with_mask: Sequence[str], without_mask: Sequen
     everything = {*with_mask, *without_mask}
     labeled = match(lists[0], everything, f"{where} (labelled)")
     if bare := sorted(set(labeled) - set(with_mask)):
-        raise UserError(f"{where} (labelled): {len(bare)} of {len(labeled)} images have no mask: {', '.join(bare[:3])}")
+        raise UserError(
+            f"{where} (labelled): {len(bare)} of {len(labeled)} images have no mask: {some(bare)}; give them "
+            "one, or take them off the list"
+        )
     unlabeled = match(lists[1], everything, f"{section.unlabeled_list or where} (unlabelled)")
     both = sorted(set(labeled) & set(unlabeled))
     if both and section.protocol == "files":

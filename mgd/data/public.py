@@ -7,10 +7,10 @@ import datasets
 import pyarrow
 from pydantic import Field, model_validator
 
-from mgd.data.datasets import Splits, by_stem, default_colors, existing_folder, paired, some, table
+from mgd.data.datasets import Splits, by_stem, default_colors, existing_folder, paired, table
 from mgd.data.lists import read_list
 from mgd.data.transforms import LabelDecoder
-from mgd.errors import UserError, one_line
+from mgd.errors import UserError, one_line, some
 from mgd.recipe import DataSection
 from mgd.registry import DATASETS
 

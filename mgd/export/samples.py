@@ -52,15 +52,21 @@ def _some(total: int, count: int, read: Callable[[int], Sample], skips: bool) ->
     return found
 
 
-def of_folder(source: str | Path, model: Segmenter, count: int) -> list[Sample]:
-    """Return images of a folder, without labels, spread evenly.
+def of_folder(source: str | Path, model: Segmenter, count: int) -> tuple[list[Sample], list[str]]:
+    """Return images of a folder, without labels, spread evenly; and what is wrong with those that cannot be read.
 
     Raises:
-        UserError: no image there, or one that cannot be read.
+        UserError: no image there that can be read.
     """
     files = list_pictures(source)
-    samples = []
+    samples, problems = [], []
     for index in evenly(len(files), count):
-        small, _ = rescale(read_picture(files[index]), None, model.image_scale)
+        try:
+            small, _ = rescale(read_picture(files[index]), None, model.image_scale)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         samples.append(Sample(to_tensor(small)))
-    return samples
+    if not samples:
+        raise UserError(f"{source}: none of {len(problems)} images can be read; {problems[0]}")
+    return samples, problems

@@ -1,6 +1,7 @@
 """timm backbones by name, as feature extractors at a chosen output stride."""
 
 import difflib
+import textwrap
 
 import timm
 import torch
@@ -105,4 +106,6 @@ def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...
 
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
-    return lines[0][:160] if lines else type(error).__name__  # timm asserts without a word
+    return (
+        textwrap.shorten(lines[0], 160, placeholder=" ...") if lines else type(error).__name__
+    )  # timm asserts without a word

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.errors import UserError, one_line
+from mgd.errors import UserError, did_you_mean, one_line
 from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
 from mgd.models.card import short_card
@@ -349,8 +349,17 @@ def find_model(source: str | Path, **download) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.safetensors", "config.json", "recipe.toml"], **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__})"
+            f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__}){_beside(text)}"
         ) from error
+
+
+def _beside(missing: str) -> str:
+    """Name the runs and models in the folder where one was looked for."""
+    there = [
+        path.parent for name in ("config.json", "model/config.json") for path in Path(missing).parent.glob(f"*/{name}")
+    ]
+    names = sorted({str(path.parent if path.name == "model" else path) for path in there})
+    return f"; {did_you_mean(missing, names)}" if names else ""
 
 
 class _Input(BaseModel):

@@ -1,5 +1,6 @@
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import PIL.ExifTags
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from mgd.errors import UserError
 from mgd.models.backbones import build_backbone
-from mgd.models.segmenter import Segmenter, build_segmenter, load_segmenter
+from mgd.models.segmenter import Segmenter, build_segmenter, find_model, load_segmenter
 from mgd.recipe import parse_model
 
 CLASSES, COLORS = ("sky", "road", "rest"), ((0, 0, 0), (9, 9, 9), (1, 2, 3))
@@ -215,3 +216,20 @@ def test_loading_is_strict(tmp_path):
         load_segmenter(tmp_path)
     with pytest.raises(UserError, match="no config.json there"):
         load_segmenter(tmp_path.parent)
+
+
+def test_a_mistyped_run_is_told_from_those_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", _unreachable)
+    for folder in ("runs/quickstart-s0/model", "runs/plain", "runs/other"):
+        Path(folder).mkdir(parents=True)
+    for folder in ("runs/quickstart-s0/model", "runs/plain"):
+        Path(folder, "config.json").write_text("{}")
+    with pytest.raises(UserError, match="did you mean 'runs/quickstart-s0'. choices: runs/plain, runs/quickstart-s0$"):
+        find_model("runs/quickstart")
+    with pytest.raises(UserError, match=r"gives us \(OSError\)$"):
+        find_model("org/name")
+
+
+def _unreachable(*args, **kwargs):
+    raise OSError("no network")

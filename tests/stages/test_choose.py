@@ -233,8 +233,8 @@ def test_what_has_a_mask_but_cannot_be_read_counts_when_some_are_held_out(photos
 def test_bad_input_is_one_line(write_recipe, photos, choose, tmp_path):
     recipe = write_recipe()
     for arguments, message in (
-        (("12",), "--budget 12: there is a choice among fewer than all 12 images only"),
-        (("1.0",), "--budget 1.0: there is a choice among fewer than all 12 images"),
+        (("12",), "--budget 12: 12 images can be chosen from; give at most 11"),
+        (("1.0",), "--budget 1.0: 12 images can be chosen from; give at most 11"),
         (("4", "--strategy", "disagreement"), "--strategy disagreement takes 2 --model, not 0"),
         (("4", "--strategy", "disagreement", "--model", "x", "x"), "--model x twice"),
         (("4", "--strategy", "random", "--model", "x"), "--strategy random takes 0 --model, not 1"),

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 
 import numpy as np
 import PIL.Image
@@ -54,6 +55,15 @@ def test_tried_on_a_folder_of_images(run, tmp_path, capsys):
     assert "model-48x48.pt2 | " in out and (tmp_path / "out" / "model-48x48.pt2").stat().st_size > 0
     facts = json.loads((tmp_path / "out" / "model-48x48.pt2.json").read_text())
     assert facts["mIoU %"] is None and facts["images"] == 4
+    (tmp_path / "pool" / "2.png").write_bytes(b"no picture")
+    status, out, error = call_stage(capsys, "export.py", *arguments, "--output", tmp_path / "out")
+    assert status == 0, error
+    assert re.search(r"note: left out: .*2\.png", out)
+    assert json.loads((tmp_path / "out" / "model-48x48.pt2.json").read_text())["images"] == 3
+    for index in (0, 1, 3):
+        (tmp_path / "pool" / f"{index}.png").write_bytes(b"")
+    status, _, error = call_stage(capsys, "export.py", *arguments, "--output", tmp_path / "out")
+    assert status == 2 and "none of 4 images can be read" in error
 
 
 def test_bad_input_is_one_line(run, tmp_path, capsys):
