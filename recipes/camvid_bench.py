@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,27 @@ def all_recipes() -> Iterator[tuple[str, str]]:
             body = paper.ablated(row, _teachers(size, "1/16"), paper.mgd_values("camvid", "lite0"))
             note = f"MGD changed as in Table {row[-1]} of the paper"
             yield _recipe(size, "1/16", "lite0", f"_{ablation}", note, body)
+        yield from _balanced(size)
+
+
+def _balanced(size: str) -> Iterator[tuple[str, str]]:
+    """Yield the recipes in which rare classes count more: networks of 23 labels, and students under two of them."""
+    note = "labels alone, rare classes count more"
+    for network in (*TEACHERS, *STUDENTS):
+        yield _recipe(size, "1/16", network, "_supervised_balanced", note, _with_balance(paper.METHOD["supervised"]))
+    teachers = {
+        key: path.replace(".toml", "_supervised_balanced.toml") for key, path in _teachers(size, "1/16").items()
+    }
+    for network in STUDENTS:
+        values = paper.mgd_values("camvid", network)
+        body = "".join(paper.teacher(*named) for named in teachers.items()) + paper.METHOD["mgd"].format(**values)
+        yield _recipe(size, "1/16", network, "_balanced", "MGD, rare classes count more", _with_balance(body))
+        body = paper.ablated(paper.ABLATIONS["losses_p"], teachers, values)
+        yield _recipe(size, "1/16", network, "_balanced_p", "L_P alone, rare classes count more", _with_balance(body))
+
+
+def _with_balance(body: str) -> str:
+    return re.sub(r"(\[method\]\nname = .*\n)", r"\1class_balance = 1.0\n", body)
 
 
 def _teachers(size: str, share: str) -> dict[str, str]:
@@ -154,6 +176,7 @@ def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str
         OHEM.format(min_kept=numbers["crop"] ** 2 * 2 // 25),
         OPTIM.format(lr=LEARNING_RATE, batch_size=numbers["batch_size"], steps=steps),
     ]
-    if not tail and not is_teacher:
-        sections.append(f'[eval]\nbaselines = ["recipes/camvid/{name}_supervised.toml"]\n')
+    if tail in ("", "_balanced") and not is_teacher:
+        baseline = f"{_name(size, network, share)}_supervised{tail}"
+        sections.append(f'[eval]\nbaselines = ["recipes/camvid/{baseline}.toml"]\n')
     return name, "\n".join(sections)

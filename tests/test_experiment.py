@@ -202,14 +202,26 @@ def test_classes_without_a_label_are_announced(write_recipe, capsys):
 
 
 def test_class_balance_goes_by_the_labelled_masks(write_recipe, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Method, "weigh_classes", lambda self, pixels: seen.append(pixels))
-    recipe = load(write_recipe(), ["method.class_balance=1.0"])
-    run_recipe(recipe, Accelerator())
+    seen, weights, weigh = [], [], Method.weigh_classes
+
+    def spy(self, pixels):
+        weigh(self, pixels)
+        seen.append(pixels)
+        weights.append(self.class_weights)
+
+    monkeypatch.setattr(Method, "weigh_classes", spy)
+    losses = []
+    for balance in (0.0, 1.0):
+        recipe = load(write_recipe(), [f"method.class_balance={balance}", f"run.name=b{balance}"])
+        run_recipe(recipe, Accelerator())
+        losses.append(json.loads((recipe.run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     splits, partition = check_recipe(recipe, Accelerator())
     masks = [np.asarray(row["label"]) for row in splits.labeled if row["id"] in partition.labeled]
     counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=len(splits.classes))
-    assert len(masks) == 4 and len(seen) == 1 and seen[0].tolist() == counts.tolist()
+    assert len(masks) == 4 and len(seen) == 2 and seen[1].tolist() == counts.tolist()
+    assert weights[0] is None and losses[0] != pytest.approx(losses[1], rel=1e-4)
+    expected = [min(np.median(counts[counts > 0]) / count, 20.0) if count else 1.0 for count in counts]
+    assert weights[1].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bad_validation_masks_are_found_before_training(write_recipe, tmp_path):

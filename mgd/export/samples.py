@@ -56,7 +56,7 @@ def of_folder(source: str | Path, model: Segmenter, count: int) -> tuple[list[Sa
     """Return images of a folder, without labels, spread evenly; and what is wrong with those that cannot be read.
 
     Raises:
-        UserError: no image there that can be read.
+        UserError: no image there, or none of those chosen can be read.
     """
     files = list_pictures(source)
     samples, problems = [], []
@@ -68,5 +68,5 @@ def of_folder(source: str | Path, model: Segmenter, count: int) -> tuple[list[Sa
             continue
         samples.append(Sample(to_tensor(small)))
     if not samples:
-        raise UserError(f"{source}: none of {len(problems)} images can be read; {problems[0]}")
+        raise UserError(f"{source}: none of the {len(problems)} images tried can be read; {problems[0]}")
     return samples, problems

@@ -34,9 +34,10 @@ def class_weights(pixels: Tensor, exponent: float) -> Tensor:
         exponent: 0 (all weigh the same) to 1.
 
     Returns:
-        `[K]` float32, at most 20: a class of a few pixels shall not outweigh all others of its batch.
+        `[K]` float32, at most 20, lest a class of a few pixels ever be all that counts.
     """
     seen = pixels > 0
+    assert seen.any(), "no labelled pixel"
     ratio = pixels[seen].double().quantile(0.5) / pixels.double()
     return ratio.pow(exponent).clamp(max=20).where(seen, 1.0).float()
 
@@ -65,20 +66,19 @@ class _CrossEntropies(torch.autograd.Function):
     """-log softmax(z)[y] = logsumexp(z) - z[y]; its gradient is softmax(z) - onehot(y)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, class_weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None) -> Tensor:
         counted = labels != ignore_index
         index = labels.where(counted, 0)  # `gather` wants a class everywhere
-        shares = counted if class_weights is None else class_weights[index] * counted
+        shares = counted if weights is None else weights[index] * counted
         totals = shares.sum(dim=(1, 2, 3))
         totals = totals.where(totals > 0, 1)
         normalizer = logits.logsumexp(dim=1)
-        losses = [
-            (normalizer - logits.gather(1, index[n, :, None])[:, 0]).where(counted[n], 0.0) for n in range(len(labels))
-        ]
-        if class_weights is not None:
-            losses = [loss * share for loss, share in zip(losses, shares, strict=True)]
+        losses = []
+        for n in range(len(labels)):
+            loss = (normalizer - logits.gather(1, index[n, :, None])[:, 0]).where(counted[n], 0.0)
+            losses.append((loss if weights is None else loss * shares[n]).sum() / totals[n])
         ctx.save_for_backward(logits, normalizer, index, shares, totals)
-        return torch.stack([loss.sum() for loss in losses]) / totals
+        return torch.stack(losses)
 
     @staticmethod
     @once_differentiable
@@ -120,16 +120,16 @@ def ohem_cross_entropy(
     """
     loss = functional.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
     valid = label != ignore_index
-    loss, label = loss[valid], label[valid]
+    loss = loss[valid]
+    each = None if weights is None else weights[label[valid]]
     if loss.numel() > min_kept:
         # p <= threshold is loss >= -log(threshold); the k-th smallest p is the k-th largest loss.
         bar = loss.new_tensor(threshold).log().neg()
         if min_kept > 0:
             bar = torch.minimum(bar, loss.detach().topk(min_kept).values[-1])
         hard = loss.detach() >= bar
-        loss, label = loss[hard], label[hard]
-    if weights is None:
+        loss, each = loss[hard], None if each is None else each[hard]
+    if each is None:
         return loss.sum() / max(loss.numel(), 1), label.new_tensor(loss.numel())
-    each = weights[label]
     total = each.sum()
     return (loss * each).sum() / total.where(total > 0, 1), total

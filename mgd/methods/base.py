@@ -35,7 +35,7 @@ class MethodSection(Section):
     """Left out, every labelled pixel counts."""
     class_balance: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Pixels of rare classes count more in the supervised loss, by (median frequency / frequency) ** class_balance over
-    the labelled pixels: 0 is not at all, 1 is median frequency balancing."""
+    the labelled pixels, up to 20 times: 0 is not at all, 1 is median frequency balancing."""
 
 
 class StepOutput(NamedTuple):
@@ -61,6 +61,8 @@ class Method:
     needs_teachers: ClassVar[bool] = False
     forwards_per_label: ClassVar[int] = 2
     """Images of one forward pass for each labelled image: what batch statistics are made of."""
+    class_weights: Tensor | None = None
+    """`[K]`, of the supervised loss; see `weigh_classes`."""
 
     def __init__(
         self, config: MethodSection, networks: Sequence[nn.Module], teachers: Mapping[str, nn.Module] | None = None
@@ -68,7 +70,6 @@ class Method:
         self.config = config
         self.networks = list(networks)
         self.averages: dict[str, nn.Module] = {}  # untrained companions that belong into the checkpoint
-        self.class_weights: Tensor | None = None
         self.teachers = {name: teacher.eval().requires_grad_(False) for name, teacher in (teachers or {}).items()}
 
     @classmethod
@@ -132,7 +133,7 @@ class Method:
         """Set the weights that `[method] class_balance` asks for.
 
         Args:
-            pixels: `[K]`, labelled pixels of each class.
+            pixels: `[K]`, labelled pixels of each class, not all 0.
         """
         if self.config.class_balance:
             self.class_weights = supervised.class_weights(pixels, self.config.class_balance)
@@ -144,7 +145,9 @@ class Method:
             logits: `[b, K, H, W]`.
             label: `[b, H, W]`.
         """
-        weights = None if self.class_weights is None else self.class_weights.to(label.device)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(label.device)
+        weights = self.class_weights
         if (ohem := self.config.ohem) is not None:
             min_kept = ohem.min_kept_per_image * label.shape[0]
             return balance_processes(
@@ -208,13 +211,13 @@ def balance_processes(local_mean: Tensor, count: Tensor) -> Tensor:
 
     Args:
         local_mean: mean over this process's items; of several means, as many numbers.
-        count: number of this process's items, of each mean.
+        count: number of this process's items, or the sum of their weights, of each mean.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return local_mean
     total = count.detach().clone().float()
     torch.distributed.all_reduce(total)
-    return local_mean * (count * torch.distributed.get_world_size() / total.clamp(min=1))
+    return local_mean * (count * torch.distributed.get_world_size() / total.where(total > 0, 1))
 
 
 def num_processes() -> int:

@@ -105,7 +105,5 @@ def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return (
-        textwrap.shorten(lines[0], 160, placeholder=" ...") if lines else type(error).__name__
-    )  # timm asserts without a word
+    lines = str(error).splitlines() or [type(error).__name__]  # timm asserts without a word
+    return textwrap.shorten(lines[0], 160, placeholder=" ...")

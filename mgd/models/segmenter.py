@@ -341,7 +341,10 @@ def find_model(source: str | Path, **download) -> Path:
     if (Path(source) / "recipe.toml").is_file():
         raise UserError(f"{source}: a run that is not finished; its command goes on with it, and writes model/")
     if Path(source).exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise UserError(f"{source}: no config.json there or in its model/; expected a run, a model folder or a hub id")
+        raise UserError(
+            f"{source}: no config.json there or in its model/; expected a run, a model folder or a hub id"
+            + _beside(text)
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -355,10 +358,10 @@ def find_model(source: str | Path, **download) -> Path:
 
 def _beside(missing: str) -> str:
     """Name the runs and models in the folder where one was looked for."""
-    there = [
-        path.parent for name in ("config.json", "model/config.json") for path in Path(missing).parent.glob(f"*/{name}")
-    ]
-    names = sorted({str(path.parent if path.name == "model" else path) for path in there})
+    folder = Path(missing).parent
+    models = {path.parent for path in folder.glob("*/config.json")}
+    runs = {path.parent.parent for path in folder.glob("*/model/config.json")}
+    names = sorted(map(str, models | runs))
     return f"; {did_you_mean(missing, names)}" if names else ""
 
 

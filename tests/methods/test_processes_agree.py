@@ -26,6 +26,8 @@ for name, ohem, balance in (("all", None, 0), ("ohem", hard, 0), ("all.rare", No
     mine = logits[rank :: 2].clone().requires_grad_()
     method = Supervised(SupervisedConfig(ohem=ohem, class_balance=balance), [])
     method.weigh_classes(torch.tensor([16, 8, 4, 2, 1]))
+    if balance:
+        method.class_weights *= 1e-3  # only their ratios matter, also where they sum to less than 1
     loss = method.labeled_loss(mine, label[rank :: 2])
     loss.backward()
     gradient = torch.zeros_like(logits)
@@ -34,6 +36,7 @@ for name, ohem, balance in (("all", None, 0), ("ohem", hard, 0), ("all.rare", No
     torch.distributed.all_reduce(both)
     if rank == 0:
         save_file({"mean": both / 2}, file + "." + name)  # what DistributedDataParallel averages
+torch.distributed.destroy_process_group()
 """
 
 

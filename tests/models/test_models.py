@@ -227,6 +227,8 @@ def test_a_mistyped_run_is_told_from_those_that_are_there(tmp_path, monkeypatch)
         Path(folder, "config.json").write_text("{}")
     with pytest.raises(UserError, match="did you mean 'runs/quickstart-s0'. choices: runs/plain, runs/quickstart-s0$"):
         find_model("runs/quickstart")
+    with pytest.raises(UserError, match="a hub id; did you mean 'runs/plain'"):
+        find_model("./runs/plain-s0")
     with pytest.raises(UserError, match=r"gives us \(OSError\)$"):
         find_model("org/name")
 

@@ -63,7 +63,7 @@ def test_tried_on_a_folder_of_images(run, tmp_path, capsys):
     for index in (0, 1, 3):
         (tmp_path / "pool" / f"{index}.png").write_bytes(b"")
     status, _, error = call_stage(capsys, "export.py", *arguments, "--output", tmp_path / "out")
-    assert status == 2 and "none of 4 images can be read" in error
+    assert status == 2 and "none of the 4 images tried can be read" in error
 
 
 def test_bad_input_is_one_line(run, tmp_path, capsys):
