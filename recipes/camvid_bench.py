@@ -127,7 +127,7 @@ def _balanced(size: str) -> Iterator[tuple[str, str]]:
 
 
 def _with_balance(body: str) -> str:
-    return re.sub(r"(\[method\]\nname = .*\n)", r"\1class_balance = 1.0\n", body)
+    return re.sub(r"(\[method\]\nname = .*\n)", r"\1class_balance = 0.5\n", body)
 
 
 def _teachers(size: str, share: str) -> dict[str, str]:

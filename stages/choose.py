@@ -21,7 +21,7 @@ from mgd.data.candidates import Candidates, find_candidates  # noqa: E402
 from mgd.data.lists import check_ids, write_list  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.partitions import draw  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
+from mgd.errors import UserError, some  # noqa: E402
 from mgd.files import write_text  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import save_contact_sheet  # noqa: E402
@@ -93,7 +93,8 @@ def main() -> None:
         row = {"strategy": args.strategy, "chosen": len(chosen), "of": len(images), "had a mask": len(labeled)}
         row |= {"labelled": len(lists[0]), "unlabelled": len(lists[1]), "held out": len(lists[2])}
         cli.print_rows([row], args.json)
-        print(_advice(recipe, output, found, len(lists[2])))
+        picked = [images.ids[index] for index in chosen if images.ids[index] in lists[2]]
+        print(_advice(recipe, output, found, len(lists[2]), picked))
 
 
 def _amount(text: str) -> int | float | str:
@@ -126,9 +127,14 @@ def _write(output: Path, found: Candidates, images: Images, chosen: list[int], l
     write_list(output / "labeled.txt", lists[0])
 
 
-def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int) -> str:
-    """Say what to do with the choice."""
+def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int, picked: list[str]) -> str:
+    """Say what to do with the choice; `held_out`: masks that no training will see, `picked`: which of them it chose."""
     lines = [f"{output / 'selected.txt'}: the images to label; selected.png shows them"]
+    if held_out:
+        which = f" (of the chosen: {some(picked)})" if picked else ""
+        lines.append(
+            f"{held_out} of all masks will be held out for evaluation ([data] val_share), in neither list{which}"
+        )
     if found.masks:
         lines.append(f"paint their masks at the second path of each line, {found.masks}/ID.png")
         lines.append(
@@ -136,8 +142,6 @@ def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int) -> s
         )
     elif len(found.labeled):
         lines.append("their masks must be there, where the data set has its masks, before the two lists can be used:")
-    if held_out:
-        lines.append(f"{held_out} of all masks will be held out for evaluation ([data] val_share), in neither list")
     lists = {"protocol": "files", "labeled_list": output / "labeled.txt", "unlabeled_list": output / "unlabeled.txt"}
     sets = " ".join(f"--set {shlex.quote(f'partition.{key}={value}')}" for key, value in lists.items())
     # Runs with other labels may stand under the recipe's own names, the models that chose among them.

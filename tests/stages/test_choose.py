@@ -181,6 +181,8 @@ def test_photos_without_a_mask_then_with_some(photos, choose, train, tmp_path, m
     assert 0 < held_out < 6 and "before all are there" in out
     chosen = (tmp_path / "first" / "selected.txt").read_text().splitlines()
     assert len(chosen) == 6 and not (root / "masks").exists()
+    told = re.search(r"\(of the chosen: (.*)\)", out)[1].split(", ")
+    assert len(told) == held_out and not set(told) & set(lists(tmp_path / "first")[0])
     for image, mask in (line.split("\t") for line in chosen):
         assert (tmp_path / image).is_file() and mask.startswith("mine/masks/") and mask.endswith(".png")
     assert any("unlabeled/film/" in line for line in chosen) and any("mine/images/" in line for line in chosen)
