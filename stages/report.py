@@ -49,7 +49,10 @@ def main() -> None:
     for title, table in tables(cells).items():
         parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
     narrow = [{key: value for key, value in row.items() if key not in ONLY_CSV} for row in rows]
-    parts.append(f"**All runs** (best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}")
+    parts.append(
+        "**All runs** (each: by seed; gain: over the supervised run of the same seed, network and images, mean and "
+        f"spread; best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}"
+    )
     parts += [f"note: {line}" for line in remarks]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")
     write_text(folder / "report.csv", as_csv(rows))

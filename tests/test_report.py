@@ -3,6 +3,7 @@ import json
 import shutil
 import tomllib
 
+import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
@@ -59,6 +60,20 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
     read = list(csv.DictReader(as_csv(rows_of(cells)).splitlines()))
     assert [float(line["miou"]) for line in read] == [40.0, 60.0, 61.0]
     assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
+
+
+def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):
+    for seed, plain, better in ((0, 50.0, 53.0), (1, 60.0, 61.0), (2, 40.0, 43.5)):
+        fake_run("plain", seed, plain)
+        fake_run("plain_long", seed, 99.0, optim={"steps": 8})
+        fake_run("cps", seed, better, method={"name": "cps"})
+    fake_run("cps_2", 0, 45.0, method={"name": "cps"}, partition={"labeled": 2})
+    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    assert rows["cps"]["gain"] == pytest.approx(2.5) and rows["cps"]["each"] == "53.00 61.00 43.50"
+    assert rows["cps"]["gain_spread"] == pytest.approx(np.std([3.0, 1.0, 3.5], ddof=1))
+    assert [rows[name]["gain"] for name in ("plain", "plain_long", "cps_2")] == [None] * 3
+    shutil.rmtree(tmp_path / "runs" / "plain-s1")
+    assert rows_of(collect([tmp_path / "runs"])[0])[0]["gain"] == pytest.approx(3.25)
 
 
 def test_the_share_of_the_better_teacher(fake_run, tmp_path):
