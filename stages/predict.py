@@ -82,7 +82,7 @@ def main() -> None:
     if not done:
         raise UserError(f"{args.input}: none of the {len(share)} images can be read")
     if accelerator.is_main_process:
-        write_json(output / MARK, {"model": args.model, "images": len(files)})
+        write_json(output / MARK, {"model": args.model, "files": len(files)})
     left_out = f"; {len(unreadable)} could not be read" if unreadable else ""
     print(f"{args.output}: {', '.join(args.save)} of {done} images{left_out}")
 
