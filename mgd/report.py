@@ -12,6 +12,7 @@ from typing import Any
 from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
 from mgd.files import read_json
+from mgd.gains import gain
 from mgd.recipe import Recipe, load
 from mgd.runs import shaping_keys
 
@@ -81,38 +82,6 @@ class Cell:
         return statistics.mean(100 * ours / theirs for ours, theirs in zip(self.mious, teachers, strict=True))
 
 
-def gains(cell: Cell, cells: Iterable[Cell]) -> list[float]:
-    """Return by how much a cell's runs are ahead of the same student trained on the labels alone, in points of mIoU.
-
-    A difference a seed, as the seed may draw the labelled images, which moves all methods alike.
-
-    Args:
-        cell: whose gains.
-        cells: where its supervised student is looked for: same network, data and partition. Of several (variants) that
-            of the shortest name counts.
-
-    Returns:
-        One for each seed that both were run with; empty without a supervised student, or for one itself.
-    """
-    if cell.recipe.method.name == "supervised":
-        return []
-    alike = [
-        other for other in cells if other.recipe.method.name == "supervised" and _student_of(other) == _student_of(cell)
-    ]
-    if not alike:
-        return []
-    theirs = {metrics["seed"]: metrics["miou"] for _, metrics in min(alike, key=lambda other: len(other.label)).runs}
-    return [metrics["miou"] - theirs[metrics["seed"]] for _, metrics in cell.runs if metrics["seed"] in theirs]
-
-
-def _student_of(cell: Cell) -> tuple:
-    keys = shaping_keys(cell.recipe)
-    same = {
-        key: keys[key] for key in keys if key.startswith(("student.", "data.")) and not _of_one_run(key, cell.recipe)
-    }
-    return cell.title, cell.partition, cell.runs[0][1]["num_val"], json.dumps(same, sort_keys=True, default=str)
-
-
 def better_teacher(folder: Path) -> float | None:
     """Return the val mIoU (%) of a run's better teacher, if all are runs that can be found: by recipe, beside it."""
     found, recipe = [], load(folder / "recipe.toml")
@@ -174,11 +143,14 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
 
 def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return a row a cell: what ran, our mean and spread, the recipe's reference and the difference."""
+    # A cell's runs may differ in their partition seed, so each is read with its own recipe.
+    runs = {cell.label: [(load(place / "recipe.toml"), metrics) for place, metrics in cell.runs] for cell in cells}
+    supervised = [run for label in runs for run in runs[label] if run[0].method.name == "supervised"]
     rows = []
     for cell in cells:
         recipe, first, cost = cell.recipe, cell.runs[0][1], cell.cost
         best = [metrics["best_on_val"]["miou"] for _, metrics in cell.runs if metrics.get("best_on_val")]
-        ahead = gains(cell, cells)
+        ahead = [found for run in runs[cell.label] if (found := gain(run, supervised)) is not None]
         rows.append(
             {
                 "run": cell.label,
@@ -195,7 +167,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "seeds": " ".join(str(metrics["seed"]) for _, metrics in cell.runs),
                 "miou": cell.mean,
                 "spread": cell.spread,
-                "each": " ".join(f"{miou:.2f}" for miou in cell.mious),
+                "miou_by_seed": " ".join(f"{miou:.2f}" for miou in cell.mious),
                 "gain": statistics.mean(ahead) if ahead else None,
                 "gain_spread": statistics.stdev(ahead) if len(ahead) > 1 else None,
                 "best_on_val": statistics.mean(best) if len(best) == len(cell.runs) else None,

@@ -59,7 +59,7 @@ RESULTS = Path(__file__).resolve().parent / "camvid" / "report.csv"
 # Optimiser, rate and OHEM were chosen once, for the supervised lite0 student with 300 steps and a seed that no table
 # shows (10; val mIoU: SGD 0.014 38.4, AdamW 1e-3 41.5, 3e-3 42.3, 2e-3 with OHEM 43.5); all methods have the same.
 LEARNING_RATE = 2e-3
-# Chosen for the same student by the val mIoU of the images of seed 0 (README: 0 43.4, 0.5 45.6, 1 42.8).
+# Chosen for the same student by the val mIoU of the images of seed 0 (trials.md: 0 43.4, 0.5 45.6, 1 42.8).
 CLASS_BALANCE = 0.5
 
 DATA = """\

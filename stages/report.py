@@ -50,8 +50,8 @@ def main() -> None:
         parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
     narrow = [{key: value for key, value in row.items() if key not in ONLY_CSV} for row in rows]
     parts.append(
-        "**All runs** (each: by seed; gain: over the supervised run of the same seed, network and images, mean and "
-        f"spread; best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}"
+        "**All runs** (gain: over the supervised run of the same seeds, network, images, class balance and OHEM, mean "
+        f"and spread; best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}"
     )
     parts += [f"note: {line}" for line in remarks]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")

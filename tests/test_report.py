@@ -69,11 +69,36 @@ def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):
         fake_run("cps", seed, better, method={"name": "cps"})
     fake_run("cps_2", 0, 45.0, method={"name": "cps"}, partition={"labeled": 2})
     rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
-    assert rows["cps"]["gain"] == pytest.approx(2.5) and rows["cps"]["each"] == "53.00 61.00 43.50"
+    assert rows["cps"]["gain"] == pytest.approx(2.5) and rows["cps"]["miou_by_seed"] == "53.00 61.00 43.50"
     assert rows["cps"]["gain_spread"] == pytest.approx(np.std([3.0, 1.0, 3.5], ddof=1))
     assert [rows[name]["gain"] for name in ("plain", "plain_long", "cps_2")] == [None] * 3
     shutil.rmtree(tmp_path / "runs" / "plain-s1")
+    shutil.rmtree(tmp_path / "runs" / "plain_long-s1")
     assert rows_of(collect([tmp_path / "runs"])[0])[0]["gain"] == pytest.approx(3.25)
+
+
+def test_a_gain_is_over_what_the_method_alone_changes(fake_run, tmp_path):
+    fake_run("plain", 0, 40.0)
+    fake_run("weighted", 0, 46.0, method={"class_balance": 0.5})
+    fake_run("other_images", 0, 44.0, partition={"seed": 7})
+    pool = {"unlabeled": {"parquet": "pool", "streaming": True}}
+    changes = {
+        "cps": {"method": {"name": "cps"}},
+        "cps_weighted": {"method": {"name": "cps", "class_balance": 0.5}},
+        "cps_other": {"method": {"name": "cps"}, "partition": {"seed": 7}},
+        "cps_pool": {"method": {"name": "cps"}, "data": pool},
+        "cps_long": {"method": {"name": "cps"}, "optim": {"steps": 8}},
+        "cps_third": {"method": {"name": "cps"}, "partition": {"seed": 8}},
+        "cps_flip": {"method": {"name": "cps"}, "eval": {"flip": True}},
+    }
+    for name, changed in changes.items():
+        fake_run(name, 0, 47.0, **changed)
+    rows = {row["run"]: row["gain"] for row in rows_of(collect([tmp_path / "runs"])[0])}
+    found = {name: rows[name] for name in changes}
+    assert found == {
+        **{"cps": 7.0, "cps_weighted": 1.0, "cps_other": 3.0, "cps_pool": 7.0, "cps_long": 7.0},
+        **{"cps_third": None, "cps_flip": None},
+    }
 
 
 def test_the_share_of_the_better_teacher(fake_run, tmp_path):

@@ -1,0 +1,50 @@
+"""How far a run is ahead of the same student trained on the same labels alone."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mgd.recipe import Recipe
+from mgd.runs import shaping_keys
+
+# What a supervised run has in common with those that are measured against it, by the beginning of a key.
+_IN_COMMON = ("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem")
+_NOT_SEEN = ("data.unlabeled", "data.root", "partition.root", "partition.seed", "eval.baselines")
+
+Run = tuple[Recipe, Mapping[str, Any]]
+"""Recipe and metrics."""
+
+
+def gain(run: Run, runs: Iterable[Run]) -> float | None:
+    """Return by how many points of mIoU a run is ahead of the supervised one of the same seeds.
+
+    Seeds are compared one by one, as they may draw the labelled images, which moves all methods alike.
+
+    Args:
+        run: whose gain.
+        runs: where the supervised run is looked for: same student, data, labels, class balance, OHEM, evaluation and
+            seed. Of several, that whose `[optim]` differs least.
+
+    Returns:
+        None without such a run, and for a supervised run itself.
+    """
+    recipe, metrics = run
+    if recipe.method.name == "supervised":
+        return None
+    wanted, budget = _common(run), _budget(recipe)
+    alike = [other for other in runs if other[0].method.name == "supervised" and _common(other) == wanted]
+    if not alike:
+        return None
+    nearest = min(alike, key=lambda other: sum(_budget(other[0])[key] != value for key, value in budget.items()))
+    return metrics["miou"] - nearest[1]["miou"]
+
+
+def _common(run: Run) -> dict[str, Any]:
+    recipe, metrics = run
+    keys = {k: v for k, v in shaping_keys(recipe).items() if k.startswith(_IN_COMMON) and not k.startswith(_NOT_SEEN)}
+    place = None if type(recipe.data).same_everywhere else getattr(recipe.data, "root", None)
+    counts = (metrics["num_labeled"], metrics["num_val"])
+    return keys | {"seeds": (recipe.run.seed, recipe.partition_seed), "root": place, "counts": counts}
+
+
+def _budget(recipe: Recipe) -> dict[str, Any]:
+    return recipe.optim.model_dump()
