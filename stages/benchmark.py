@@ -110,7 +110,7 @@ def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.suite == "infer":
         cli.print_rows(inference.suite(recipe.student, classes, size, args.threads, args.repetitions), args.json)
         print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")
-        print("reference: DeepLabV3Plus of segmentation_models.pytorch with mobilenet_v2; of int8, ours baked in fp32")
+        print("reference: DeepLabV3Plus of segmentation_models.pytorch with mobilenet_v2; of int8, ours in fp32")
         return
     cli.print_rows(
         inference.students(args.backbones, classes, size, args.threads, args.target_ms, args.repetitions), args.json

@@ -31,16 +31,18 @@ def test_beside_segmentation_models_pytorch(monkeypatch):
 
     def alternate(calls, repetitions, device):
         timed.extend((name, call.args[0].dtype, call().dtype) for name, call in calls.items())
-        return {"theirs": 8.0, "ours": 4.0, "baked": 3.0, "int8": 2.0}
+        return {"theirs": 8.0, "ours": 4.0, "int8": 1.0, "baked": 3.0, "baked int8": 2.0}
 
     monkeypatch.setattr(inference, "alternate", alternate)
     rows = inference.suite(parse_model(table, source="test"), 3, 64, 1, repetitions=1)
-    assert [row["name"] for row in rows] == ["infer: fp32, ms", "infer: baked, fp32 -> int8, ms"]
-    assert [row["ratio"] for row in rows] == [2.0, 1.5]
+    names = ["infer: fp32, ms", "infer: fp32 -> int8, ms", "infer: baked, fp32 -> int8, ms"]
+    assert [row["name"] for row in rows] == names
+    assert [row["ratio"] for row in rows] == [2.0, 4.0, 1.5]
     pixels, logits, classes = np.float32, np.float32, np.uint8
     assert timed == [
         ("theirs", pixels, logits),
         ("ours", pixels, logits),
+        ("int8", pixels, logits),
         ("baked", np.uint8, classes),
-        ("int8", np.uint8, classes),
+        ("baked int8", np.uint8, classes),
     ]
