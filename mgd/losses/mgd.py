@@ -55,7 +55,10 @@ def soft_cross_entropies(student_logits: Tensor, probabilities: Sequence[Tensor]
     """
     logarithms = student_logits.log_softmax(dim=1)
     targets = [target.detach() for target in probabilities]
-    sums = [(target * logarithms).sum() / target.sum().clamp(min=1) for target in targets]
+    totals = [target.sum() for target in targets]
+    sums = [
+        (target * logarithms).sum() / total.where(total > 0, 1) for target, total in zip(targets, totals, strict=True)
+    ]
     return -torch.stack(sums)
 
 

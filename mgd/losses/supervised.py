@@ -42,6 +42,12 @@ def class_weights(pixels: Tensor, exponent: float) -> Tensor:
     return ratio.pow(exponent).clamp(max=20).where(seen, 1.0).float()
 
 
+def total_weight(label: Tensor, ignore_index: int, weights: Tensor | None = None) -> Tensor:
+    """What the pixels of a label map `[B, H, W]` count together: their number, or the sum of their classes' weights."""
+    counted = label != ignore_index
+    return (counted if weights is None else weights[label.where(counted, 0)] * counted).sum()
+
+
 def cross_entropies(
     logits: Tensor, labels: Sequence[Tensor], ignore_index: int = 255, weights: Tensor | None = None
 ) -> Tensor:

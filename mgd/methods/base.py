@@ -153,8 +153,7 @@ class Method:
             return balance_processes(
                 *supervised.ohem_cross_entropy(logits, label, ohem.threshold, min_kept, IGNORE_INDEX, weights)
             )
-        counted = label != IGNORE_INDEX
-        total = (counted if weights is None else weights[label.where(counted, 0)] * counted).sum()
+        total = supervised.total_weight(label, IGNORE_INDEX, weights)
         return balance_processes(supervised.cross_entropies(logits, [label], IGNORE_INDEX, weights)[0], total)
 
 

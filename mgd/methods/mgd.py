@@ -42,6 +42,9 @@ class PixelTerm(Section):
     """Images it is taken on."""
     labels: Literal["hard", "soft"] = "hard"
     """What is taken from a teacher: its likeliest classes (paper), or its class probabilities."""
+    class_balance: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Pixels that a teacher gives to rare classes count more, as `[method] class_balance` does it for true labels, by
+    the frequencies of these."""
 
 
 class ImageTerm(Section):
@@ -91,6 +94,15 @@ class Seen(NamedTuple):
 class MultiGranularity(Method):
     """What the student learns from its teachers, eq. 7: L_Sup + L_P^l + L_P^u + lambda1 L_I + lambda2 L_R."""
 
+    pixel_weights: Tensor | None = None
+    """`[K]`, of L_P; see `weigh_classes`."""
+
+    def weigh_classes(self, pixels: Tensor) -> None:
+        """Set the weights that `[method] class_balance` and `[method.pixel] class_balance` ask for, see `Method`."""
+        super().weigh_classes(pixels)
+        if self.config.pixel.class_balance:
+            self.pixel_weights = supervised.class_weights(pixels, self.config.pixel.class_balance)
+
     @classmethod
     def check_terms(cls, config: TermsSection, teachers: tuple[str, ...]) -> set[str]:
         """Check that every term names teachers that exist; return the names of all that are used."""
@@ -116,10 +128,12 @@ class MultiGranularity(Method):
         log = {"loss_supervised": self.labeled_loss(labeled, label)}
         loss = log["loss_supervised"]
         if config.pixel.teachers:
+            if self.pixel_weights is not None:
+                self.pixel_weights = self.pixel_weights.to(label.device)
             for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
                 if where in config.pixel.on:
                     targets = [getattr(seen[name], where) for name in config.pixel.teachers]
-                    log[f"loss_pixel_{where}"] = _pixel_level(logits, targets, padded)
+                    log[f"loss_pixel_{where}"] = _pixel_level(logits, targets, padded, self.pixel_weights)
                     loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
         if config.image.teachers:
             # A sum over the batch is a sum over the global batch: the loop averages over processes.
@@ -234,17 +248,18 @@ class MGD(MultiGranularity):
         return wanted
 
 
-def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool) -> Tensor:
-    """L_P over the global batch; cached labels have padding, which is not spread evenly over processes."""
-    if targets[0].ndim == 4:
-        if not padded:
-            return losses.soft_pixel_level(logits, targets)
-        counts = torch.stack([target.sum() for target in targets])
-        return balance_processes(losses.soft_cross_entropies(logits, targets), counts).sum()
-    if not padded:
-        return losses.pixel_level(logits, targets)
-    counts = torch.stack([(target != IGNORE_INDEX).sum() for target in targets])
-    return balance_processes(supervised.cross_entropies(logits, targets, IGNORE_INDEX), counts).sum()
+def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weights: Tensor | None) -> Tensor:
+    """L_P over the global batch; what pixels count together differs between processes with padding and weights."""
+    soft = targets[0].ndim == 4
+    if weights is None and not padded:
+        return (losses.soft_pixel_level if soft else losses.pixel_level)(logits, targets)
+    if soft:
+        targets = targets if weights is None else [target * weights[:, None, None] for target in targets]
+        totals, means = [target.sum() for target in targets], losses.soft_cross_entropies(logits, targets)
+    else:
+        totals = [supervised.total_weight(target, IGNORE_INDEX, weights) for target in targets]
+        means = supervised.cross_entropies(logits, targets, IGNORE_INDEX, weights)
+    return balance_processes(means, torch.stack(totals)).sum()
 
 
 def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:

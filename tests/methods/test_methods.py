@@ -76,6 +76,34 @@ def test_mgd_with_soft_labels_learns_from_probabilities(batch):
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_mgd_weighs_what_teachers_give_to_rare_classes(batch, labels):
+    student, deep, wide = Toy(0), Toy(1), Toy(2)
+    pixels = torch.tensor([1000, 400, 100, 25])
+    config = MGDConfig(pixel=PixelTerm(teachers=("deep", "wide"), labels=labels, class_balance=0.5))
+    method = MGD(config, [student], {"deep": deep, "wide": wide})
+    method.weigh_classes(pixels)
+    out = method.step(batch, 0)
+
+    weights = (pixels.double().quantile(0.5) / pixels.double()).sqrt()
+    mixed = student(_mixed(batch, batch["unlabeled"], batch["mix"])).logits
+    labeled = student(batch["image"]).logits
+    # The true labels are not weighted: [method] class_balance is a key of its own.
+    expected = functional.cross_entropy(labeled, batch["label"], ignore_index=255)
+    for teacher in (deep, wide):
+        seen = _mixed(batch, teacher(batch["unlabeled"]).logits, teacher(batch["mix"]).logits)
+        for logits, said in ((labeled, teacher(batch["image"]).logits), (mixed, seen)):
+            if labels == "hard":
+                expected = expected + functional.cross_entropy(logits, said.argmax(1), weight=weights)
+            else:
+                shares = said.softmax(1) * weights[:, None, None]
+                expected = expected - (shares * logits.log_softmax(1)).sum() / shares.sum()
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out.loss.item() != pytest.approx(
+        MGD(config, [student], method.teachers).step(batch, 0).loss.item(), rel=1e-3
+    )
+
+
 def test_mgd_runs_a_teacher_only_on_what_its_terms_need(batch):
     sizes = {}
 
