@@ -19,9 +19,15 @@ METHODS = {
     "kd": "the student by pixel-wise distillation from both teachers, a baseline",
     "cwd": "the student by channel-wise distillation from both teachers, a baseline",
 }
+UNDER_LONG = "under teachers that learnt from labels alone"
 # Ours, not the paper's: changes to MGD that the benchmark tries.
 SOFT = ("[method.pixel]\n", '[method.pixel]\nlabels = "soft"\nweight = 0.5  # two teachers: their mean\n')
 LIGHT = ("weight = 100.0\n", "weight = 10.0  # a tenth of the paper's\n")
+# L_P alone, in which rare classes count as much more as in the supervised loss.
+PIXEL = (
+    f'[method]\nname = "mgd"\n\n[method.pixel]\nteachers = {paper.BOTH}\non = ["labeled", "unlabeled"]\n'
+    "class_balance = 0.5  # rare classes count more in the teachers' labels, too\n"
+)
 # name -> replacements in the text of the recipe, what it is
 VARIANTS = {
     "soft_mean": ((SOFT,), "MGD whose pixel term learns from the teachers' mean probabilities, as KD does"),
@@ -33,7 +39,8 @@ VARIANTS = {
 }
 
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
-# student with ImageNet weights, of the student without; online: steps of one run for all three networks, which has as
+# student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 56 % of
+# the operations that CPS takes; online: steps of one run for all three networks, which has as
 # many multiply-accumulates as they have apart (stages/benchmark.py: 48159 and 4971834 G)
 SIZES = {
     "full": {
@@ -42,6 +49,7 @@ SIZES = {
         "width": (128, 48),
         "batch_size": 8,
         "steps": (3000, 4000, 4000),
+        "long": 9000,
         "online": 7455,
     },
     "half": {
@@ -50,6 +58,7 @@ SIZES = {
         "width": (64, 48),
         "batch_size": 4,
         "steps": (400, 400, 1200),
+        "long": 1200,
         "online": 876,
     },
 }
@@ -122,12 +131,30 @@ def all_recipes() -> Iterator[tuple[str, str]]:
                             varied = functools.reduce(lambda text, pair: text.replace(*pair), replacements, body)
                             yield _recipe(size, share, network, f"_{name}", what, varied)
         yield _online(size)
+        yield from _long(size)
         for ablation, row in paper.ABLATIONS.items():
             body = paper.ablated(row, _teachers(size, "1/16"), paper.mgd_values("camvid", "lite0"))
             note = f"MGD changed as in Table {row[-1]} of the paper"
             yield _recipe(size, "1/16", "lite0", f"_{ablation}", note, body)
         body = paper.ablated(paper.ABLATIONS["losses_p"], _teachers(size, "1/16"), paper.mgd_values("camvid", "mbv2"))
         yield _recipe(size, "1/16", "mbv2", "_losses_p", "MGD changed as in Table 5a of the paper", body)
+
+
+def _long(size: str) -> Iterator[tuple[str, str]]:
+    """Yield teachers that learn from the labels alone, for longer, and students under them."""
+    for network in TEACHERS:
+        note = "a teacher, on the labelled images alone and three times as long as by CPS"
+        yield _recipe(size, "1/16", network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
+    teachers = "".join(paper.teacher(*named) for named in _teachers(size, "1/16", "_long").items())
+    values = paper.mgd_values("camvid", "lite0")
+    for method in ("mgd", "kd", "cwd"):
+        body = teachers + paper.METHOD[method].format(**values)
+        tail = "_long" if method == "mgd" else f"_long_{method}"
+        yield _recipe(
+            size, "1/16", "lite0", tail, f"{METHODS[method].partition(',')[0]} by {method}, {UNDER_LONG}", body
+        )
+    note = f"the student by the pixel term alone, rare classes weighted, {UNDER_LONG}"
+    yield _recipe(size, "1/16", "lite0", "_long_pixel", note, teachers + PIXEL)
 
 
 def _online(size: str) -> tuple[str, str]:
@@ -142,9 +169,9 @@ def _online(size: str) -> tuple[str, str]:
     )
 
 
-def _teachers(size: str, share: str) -> dict[str, str]:
+def _teachers(size: str, share: str, tail: str = "") -> dict[str, str]:
     names = dict(zip(("deep", "wide"), TEACHERS, strict=True))
-    return {key: f"recipes/camvid/{_name(size, network, share)}.toml" for key, network in names.items()}
+    return {key: f"recipes/camvid/{_name(size, network, share)}{tail}.toml" for key, network in names.items()}
 
 
 def _name(size: str, network: str, share: str) -> str:
