@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 import PIL.Image
 
-from mgd.errors import one_line
+from mgd.errors import UserError, one_line
 from mgd.models.segmenter import Segmenter
 from mgd.pictures import UNREADABLE, decode, to_rgb
 from mgd.plots import overlay
@@ -23,9 +23,12 @@ def build(models: Sequence[tuple[str, Segmenter]]) -> gr.Blocks:
 
     Args:
         models: title and network in eval mode of each, shown side by side.
+
+    Raises:
+        UserError: a network cannot predict whole images.
     """
     for _, network in models:
-        segment(network, PIL.Image.new("RGB", (256, 256)))  # what is set up once counts for no picture's latency
+        network.predict(PIL.Image.new("RGB", (256, 256)))  # what is set up once counts for no picture's latency
 
     def show(upload: Mapping | None) -> list[np.ndarray | str | None]:
         if upload is None:
@@ -90,7 +93,7 @@ def segment(network: Segmenter, image: PIL.Image.Image) -> tuple[np.ndarray, str
     begin = time.perf_counter()
     try:
         label = network.predict(image).label
-    except RuntimeError as error:
+    except UserError as error:
         raise _refusal("The model cannot predict this image", str(error)) from error
     milliseconds = (time.perf_counter() - begin) * 1e3
     where = network.mean.device.type

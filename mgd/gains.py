@@ -8,6 +8,7 @@ from mgd.runs import shaping_keys
 
 # What a supervised run has in common with those that are measured against it, by the beginning of a key.
 _IN_COMMON = ("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem")
+_BUDGET = ("steps", "epochs", "batch_size")
 _NOT_SEEN = ("data.unlabeled", "data.root", "partition.root", "partition.seed", "eval.baselines")
 
 Run = tuple[Recipe, Mapping[str, Any]]
@@ -21,8 +22,8 @@ def gain(run: Run, runs: Iterable[Run]) -> float | None:
 
     Args:
         run: whose gain.
-        runs: where the supervised run is looked for: same student, data, labels, class balance, OHEM, evaluation and
-            seed. Of several, that whose `[optim]` differs least.
+        runs: where the supervised run is looked for: same student, data, labels, class balance, OHEM, evaluation,
+            steps, batch and seed. Of several, that whose `[optim]` differs least.
 
     Returns:
         None without such a run, and for a supervised run itself.
@@ -43,6 +44,7 @@ def _common(run: Run) -> dict[str, Any]:
     keys = {k: v for k, v in shaping_keys(recipe).items() if k.startswith(_IN_COMMON) and not k.startswith(_NOT_SEEN)}
     place = None if type(recipe.data).same_everywhere else getattr(recipe.data, "root", None)
     counts = (metrics["num_labeled"], metrics["num_val"])
+    keys |= {key: getattr(recipe.optim, key) for key in _BUDGET}
     return keys | {"seeds": (recipe.run.seed, recipe.partition_seed), "root": place, "counts": counts}
 
 

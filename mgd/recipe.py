@@ -439,6 +439,22 @@ def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
     return section
 
 
+def parse_eval(overrides: Sequence[str], source: str) -> Eval:
+    """Return `[eval]` where there is no recipe: the defaults, with what `--set eval.key=value` changes.
+
+    Raises:
+        UserError: see `load`.
+    """
+    raw: dict[str, Any] = {"eval": {}}
+    for text in overrides:
+        override(raw, text)
+    errors: list[str] = []
+    section = _validate(Eval, raw["eval"], "eval", errors)
+    if errors:
+        raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
+    return section
+
+
 def _section_model(name: str, table: Any, errors: list[str]) -> type[Section] | None:
     """Return the model of a section: fixed, or chosen by the name that its table gives."""
     if name == "student":

@@ -151,6 +151,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         recipe, first, cost = cell.recipe, cell.runs[0][1], cell.cost
         best = [metrics["best_on_val"]["miou"] for _, metrics in cell.runs if metrics.get("best_on_val")]
         ahead = [found for run in runs[cell.label] if (found := gain(run, supervised)) is not None]
+        ahead = ahead if len(ahead) == len(cell.runs) else []  # or it would be of other seeds than the mIoU
         rows.append(
             {
                 "run": cell.label,

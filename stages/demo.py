@@ -29,7 +29,7 @@ def main() -> None:
     flags.add_argument("--port", type=cli.at_least(1), default=7860, help="of the page, on this machine")
     args = flags.parse_args()
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the demo needs gradio: pip install gradio")
+        raise UserError("the demo needs gradio: pip install -e '.[demo]'")
     from mgd.demo import build
 
     device = Accelerator().device

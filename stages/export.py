@@ -46,7 +46,9 @@ def main() -> None:
     flags.add_argument("--max-drop", type=_points, default=1.0, help="points of mIoU that int8 may cost (1.0)")
     flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. data.root=...")
-    flags.add_argument("--images", metavar="DIR", help="use these images instead; there is no mIoU then")
+    flags.add_argument(
+        "--images", metavar="DIR", help="try, and calibrate with, these images instead; there is no mIoU then"
+    )
     flags.add_argument("--samples", type=cli.at_least(1), default=100, help="images to try, and to calibrate with")
     flags.add_argument("--threads", type=cli.at_least(1), default=1, help="of the runtime, for the latency (1)")
     flags.add_argument("--output", type=cli.output_folder, help="folder; left out, export/ in the run")
@@ -70,6 +72,8 @@ def main() -> None:
     target = Target(*size, args.dynamic, args.bake, args.cpu)
 
     # ---- images, read before anything is written ----
+    if args.images and (args.recipe or args.set):
+        raise UserError("--images takes the place of a recipe's images; leave out --recipe and --set, or --images")
     if args.images:
         tried, problems = samples.of_folder(args.images, model, args.samples)
         calibrated = tried
@@ -117,7 +121,8 @@ def main() -> None:
     for note in notes:
         print(note)
     pixels = str(target.dtype).removeprefix("torch.")
-    print(f"{final}: {target.output} of RGB pixels 0..255 ({pixels}, NCHW); timed on {args.threads} thread(s)")
+    timed = f"; timed on {args.threads} thread(s)" if row.get("p50 ms") else ""
+    print(f"{final}: {target.output} of RGB pixels 0..255 ({pixels}, NCHW){timed}")
 
 
 def _folder(path: Path) -> str:

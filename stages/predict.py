@@ -20,6 +20,7 @@ import numpy as np  # noqa: E402
 import PIL.Image  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
+from accelerate.utils import gather_object  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -30,7 +31,7 @@ from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.segmenter import enlarge, find_model, load_segmenter  # noqa: E402
 from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
 from mgd.plots import overlay, save_prediction  # noqa: E402
-from mgd.recipe import Eval, load  # noqa: E402
+from mgd.recipe import Eval, load, parse_eval  # noqa: E402
 
 KINDS = ("masks", "colors", "overlays", "probabilities")
 MARK = "predictions.json"
@@ -70,21 +71,28 @@ def main() -> None:
             try:
                 scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
             except (RuntimeError, AssertionError, ValueError) as error:
-                unreadable += [f"{name} cannot be predicted whole: {one_line(error)}" for name, _ in group]
+                remedy = "; --set eval.mode=slide predicts in windows" if section.mode == "whole" else ""
+                unreadable += [f"{name} cannot be predicted: {one_line(error)}{remedy}" for name, _ in group]
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])
+            if not done:  # before any mask, so that the folder of a run that is cut short is known as ours
+                write_json(output / MARK, {"model": args.model, "files": len(files)})
             for (name, picture), one in zip(group, scores, strict=True):
                 _save(output, name, np.asarray(picture), one, model.colors, args.save)
             done += len(group)
             bar.update(done + len(unreadable) - bar.n)
-    for problem in unreadable:
-        print(f"note: {problem}", file=sys.stderr)
-    if not done:
-        raise UserError(f"{args.input}: none of the {len(share)} images can be read")
+    results = gather_object([(done, unreadable)])
+    done, unreadable = (
+        sum(number for number, _ in results),
+        [problem for _, problems in results for problem in problems],
+    )
     if accelerator.is_main_process:
-        write_json(output / MARK, {"model": args.model, "files": len(files)})
-    left_out = f"; {len(unreadable)} could not be read" if unreadable else ""
-    print(f"{args.output}: {', '.join(args.save)} of {done} images{left_out}")
+        for problem in unreadable:
+            print(f"note: {problem}", file=sys.stderr)
+    if not done:
+        raise UserError(f"{args.input}: none of the {len(files)} images can be used")
+    left_out = f"; {len(unreadable)} left out" if unreadable else ""
+    accelerator.print(f"{args.output}: {', '.join(args.save)} of {done} images{left_out}")
 
 
 def _check_output(output: Path) -> None:
@@ -98,12 +106,10 @@ def _check_output(output: Path) -> None:
 
 def _how(folder: Path, overrides: list[str], crop: int | None) -> tuple[Eval, int]:
     """Return how images are predicted: as the model's own recipe evaluates, with what `--set` changes."""
-    if not (folder / "recipe.toml").exists():
-        if overrides:
-            raise UserError(f"{folder} has no recipe.toml that --set could change")
-        return Eval(), crop or 512
     if odd := [text for text in overrides if not text.startswith("eval.")]:
         raise UserError(f"--set {odd[0]}: only eval.* matters for a prediction")
+    if not (folder / "recipe.toml").exists():
+        return parse_eval(overrides, source="--set"), crop or 512
     recipe = load(folder / "recipe.toml", overrides)
     return recipe.eval, recipe.data.crop
 

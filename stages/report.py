@@ -36,7 +36,9 @@ def main() -> None:
     flags.add_argument(
         "--output", default="report", metavar="DIR", type=cli.output_folder, help="where the files go (report)"
     )
-    flags.add_argument("--samples", type=int, default=4, metavar="N", help="val images in the picture; 0 = no picture")
+    flags.add_argument(
+        "--samples", type=cli.at_least(0), default=4, metavar="N", help="val images in the picture; 0 = no picture"
+    )
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
     args = flags.parse_args()
     cells, remarks = collect(args.runs)
@@ -50,8 +52,8 @@ def main() -> None:
         parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
     narrow = [{key: value for key, value in row.items() if key not in ONLY_CSV} for row in rows]
     parts.append(
-        "**All runs** (gain: over the supervised run of the same seeds, network, images, class balance and OHEM, mean "
-        f"and spread; best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}"
+        "**All runs** (gain: over the supervised run of the same seeds, network, images, steps, batch, class balance "
+        f"and OHEM, mean and spread; best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}"
     )
     parts += [f"note: {line}" for line in remarks]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 from conftest import run_stage
 
+from mgd.errors import UserError
 from mgd.models.segmenter import build_segmenter
 from mgd.recipe import load
 
@@ -72,9 +73,11 @@ def test_what_cannot_be_used_is_refused_in_words(network, tmp_path, monkeypatch)
     monkeypatch.setattr(demo, "MAX_PIXELS", 3000)
     with pytest.raises(gr.Error, match="70 x 50 pixels; at most 0.0 million"):
         demo.read(saved(tmp_path / "large.png"))
-    monkeypatch.setattr(network, "predict", lambda _: (_ for _ in ()).throw(RuntimeError("out of <memory>")))
-    with pytest.raises(gr.Error, match="The model cannot predict this image: out of &lt;memory&gt;"):
+    monkeypatch.setattr(network, "forward", lambda _: (_ for _ in ()).throw(RuntimeError("out of <memory>")))
+    with pytest.raises(gr.Error, match="The model cannot predict this image: .*out of &lt;memory&gt;"):
         demo.segment(network, PIL.Image.new("RGB", (40, 40)))
+    with pytest.raises(UserError, match=r"cannot predict a whole image of 256x256: .* eval\.mode=slide"):
+        demo.build([("one", network)])
 
 
 def test_the_legend_names_every_class_beside_its_colour(network):
@@ -89,6 +92,6 @@ def test_the_stage_says_in_one_line_what_is_missing(tmp_path):
         "u.find_spec = lambda name, *rest: None if name == 'gradio' else find(name, *rest)\n"
     )
     done = run_stage("demo.py", "--model", tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stderr) == (2, "error: the demo needs gradio: pip install gradio\n")
+    assert (done.returncode, done.stderr) == (2, "error: the demo needs gradio: pip install -e '.[demo]'\n")
     done = run_stage("demo.py", "--model", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no config.json there" in done.stderr

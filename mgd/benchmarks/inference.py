@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mgd.benchmarks.timing import alternate, ratio_row
 from mgd.complexity import model_costs
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 from mgd.export.base import Deployed, Int8, Target
 from mgd.export.onnx import OnnxExporter
 from mgd.export.verify import latency
@@ -132,5 +132,12 @@ def _runner(
 ) -> Callable[[np.ndarray], np.ndarray]:
     deployed = Deployed(network, target) if isinstance(network, Segmenter) else network
     exporter = OnnxExporter()
-    exporter.write(deployed, target, path, Int8(calibration) if calibration else None)
+    try:
+        exporter.write(deployed, target, path, Int8(calibration) if calibration else None)
+    except Exception as error:  # whatever the exporter raises
+        name = network.section.backbone if isinstance(network, Segmenter) else "the reference"
+        size = f"{target.height}x{target.width}"
+        raise UserError(
+            f"{name} cannot be exported for {size}, try a --size that 32 divides: {one_line(error)}"
+        ) from error
     return exporter.open(path, threads)

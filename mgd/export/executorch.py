@@ -34,8 +34,10 @@ class ExecuTorchExporter(Exporter):
 
     def open(self, path: Path, threads: int) -> Runner:
         """See `Exporter.open`."""
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
         from executorch.runtime import Runtime
 
+        _unsafe_reset_threadpool(threads)  # the only way from Python; unsafe while a program runs, and none does
         method = Runtime.get().load_program(path).load_method("forward")
         return lambda pixels: method.execute([torch.from_numpy(pixels)])[0].numpy()
 

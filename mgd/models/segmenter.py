@@ -119,12 +119,22 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
 
         Args:
             picture: is turned upright as its EXIF says.
+
+        Raises:
+            UserError: the network cannot take a whole image of this size, or there is too little memory.
         """
         was_training = self.training
         upright = to_rgb(PIL.ImageOps.exif_transpose(picture))
         small, _ = rescale(upright, None, self.image_scale)
-        logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
-        self.train(was_training)
+        try:
+            logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
+        except (RuntimeError, AssertionError, ValueError) as error:  # timm asserts
+            raise UserError(
+                f"{self.section.backbone} cannot predict a whole image of {small.width}x{small.height}: "
+                f"{one_line(error)}; stages/predict.py --set eval.mode=slide predicts in windows"
+            ) from error
+        finally:
+            self.train(was_training)
         classes = enlarge(logits, upright.size[::-1]).argmax(dim=1)
         return self.prediction(classes[0].to(torch.uint8).cpu().numpy())
 

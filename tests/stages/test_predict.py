@@ -1,3 +1,5 @@
+import signal
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -5,8 +7,12 @@ import torch
 from conftest import call_stage
 from safetensors.torch import load_file
 
+from mgd.errors import Stopped
+from mgd.inference import predict_logits
 from mgd.models.segmenter import build_segmenter, load_segmenter
-from mgd.recipe import parse_model
+from mgd.pictures import rescale, to_tensor
+from mgd.plots import save_prediction
+from mgd.recipe import Eval, parse_model
 
 COLORS = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
 
@@ -38,7 +44,7 @@ def test_every_kind_of_image_and_what_cannot_be_read(tmp_path, model, run_here):
     kinds = ("masks", "colors", "overlays", "probabilities")
     ran = run_here("predict.py", "--model", model, "--input", source, "--output", tmp_path / "out", "--save", *kinds)
     assert ran.returncode == 0, ran.stderr
-    assert "of 5 images; 1 could not be read" in ran.stdout
+    assert "of 5 images; 1 left out" in ran.stdout
     assert "note: " in ran.stderr and "torn.png cannot be read" in ran.stderr and "Traceback" not in ran.stderr
     network = load_segmenter(model)
     for name, file in (("a", "a.png"), ("deep/c.png", "deep/c.png"), ("deep/c.jpg", "deep/c.jpg"), ("d", "d.webp")):
@@ -58,12 +64,55 @@ def test_bad_input_is_one_line(tmp_path, model, capsys):
     (tmp_path / "torn.png").write_bytes(b"no")
     for arguments, message in (
         (("--input", tmp_path / "nowhere"), "no image there; give a file, a folder or a pattern"),
-        (("--input", tmp_path / "torn.png"), "none of the 1 images can be read"),
-        (("--input", tmp_path / "torn.png", "--set", "eval.flip=true"), "has no recipe.toml that --set could change"),
+        (("--input", tmp_path / "torn.png"), "none of the 1 images can be used"),
+        (("--input", tmp_path / "torn.png", "--set", "eval.flp=true"), "--set: [eval] flp"),
+        (("--input", tmp_path / "torn.png", "--set", "data.crop=64"), "only eval.* matters for a prediction"),
     ):
         status, _, error = call_stage(capsys, "predict.py", "--model", model, "--output", tmp_path / "out", *arguments)
         assert status == 2 and message in error, error
         assert not (tmp_path / "out").exists()
+
+
+def test_windows_without_a_recipe(tmp_path, model, capsys):
+    pixels = np.random.default_rng(0).integers(256, size=(96, 80, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
+    kinds = ("--save", "probabilities")
+    found = {}
+    for mode in ("whole", "slide"):
+        arguments = ("--input", tmp_path / "a.png", "--output", tmp_path / mode, "--set", f"eval.mode={mode}", *kinds)
+        status, _, error = call_stage(capsys, "predict.py", "--model", model, *arguments)
+        assert status == 0, error
+        found[mode] = load_file(tmp_path / mode / "probabilities" / "a.safetensors")["probabilities"].float()
+    network = load_segmenter(model).eval()
+    small = to_tensor(rescale(PIL.Image.fromarray(pixels), None, 0.5)[0])[None]
+    for mode, logits in (
+        ("whole", network(small).logits),
+        ("slide", predict_logits(network, small, Eval(mode="slide"), 32)),
+    ):
+        expected = torch.nn.functional.interpolate(logits, size=(96, 80), mode="bilinear").softmax(dim=1)[0]
+        assert torch.allclose(found[mode], expected, atol=2e-3)
+    assert not torch.allclose(found["whole"], found["slide"], atol=2e-3)
+
+
+def test_a_prediction_that_was_cut_short_is_done_again(tmp_path, model, capsys, monkeypatch):
+    for name in ("a", "b"):
+        PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / f"{name}.png")
+    arguments = ("--model", model, "--input", tmp_path / "*.png", "--output", tmp_path / "out", "--batch", 1)
+    written = []
+
+    def interrupted(*where):
+        written.append(where)
+        if len(written) == 2:
+            raise Stopped(signal.SIGINT, "")
+        return save_prediction(*where)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mgd.plots.save_prediction", interrupted)
+        assert call_stage(capsys, "predict.py", *arguments)[0] not in (0, 2)
+    assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["a.png"]
+    status, _, error = call_stage(capsys, "predict.py", *arguments)
+    assert status == 0, error
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 2
 
 
 def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
