@@ -43,13 +43,15 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     return flags
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Argparse type: a whole number from `least` on."""
+def at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Argparse type: a whole number from `least` on, up to `most`."""
 
     def number(text: str) -> int:
         value = int(text)
         if value < least:
             raise argparse.ArgumentTypeError(f"{text} is too small; at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{text} is too large; at most {most}")
         return value
 
     return number

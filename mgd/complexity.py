@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mgd.errors import UserError, one_line
 from mgd.models.segmenter import nameless_segmenter
 from mgd.recipe import ModelSection
 
@@ -49,10 +50,16 @@ def model_costs(section: ModelSection, num_classes: int, size: int) -> dict[str,
         section: the recipe's `[student]`.
         num_classes: K.
         size: side of the square image, pixels.
+
+    Raises:
+        UserError: the network cannot take such an image.
     """
     with torch.device("meta"):
         model = nameless_segmenter(section, num_classes)
-        image = torch.empty(1, 3, size, size)
-    backbone, total = count(model.backbone, image), count(model, image)
+    try:
+        image = torch.empty(1, 3, size, size, device="meta")
+        backbone, total = count(model.backbone, image), count(model, image)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"{section.backbone} cannot take {size}x{size} pixels: {one_line(error)}") from error
     head = Cost(*(whole - part for whole, part in zip(total, backbone, strict=True)))
     return {"backbone": backbone, "head": head, "total": total}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mgd.errors import UserError
 from mgd.metrics import confusion_matrix
 from mgd.recipe import Eval
 
@@ -39,7 +40,17 @@ def predict_scores(model: nn.Module, image: Tensor, section: Eval, crop: int) ->
     Returns:
         `[B, K, H, W]`: logits, whose softmax is the probabilities; of several scales or mirrored images, the
         logarithm of the mean probabilities.
+
+    Raises:
+        UserError: the network gives values that are no number, of which argmax would make class 0.
     """
+    found = _scores(model, image, section, crop)
+    if not found.isfinite().all():
+        raise UserError("the network gives values that are no number; its weights are of no use")
+    return found
+
+
+def _scores(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:
     if section.scales == (1.0,) and not section.flip:
         return predict_logits(model, image, section, crop)
     size, total, count = image.shape[-2:], 0.0, 0

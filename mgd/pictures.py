@@ -95,6 +95,8 @@ def list_pictures(source: str | Path) -> list[Path]:
     Raises:
         UserError: none there.
     """
+    if not str(source):
+        raise UserError("no image is named; give a file, a folder or a pattern")
     place = Path(source)
     if place.is_file():
         return [place]

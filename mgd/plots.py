@@ -13,12 +13,15 @@ import PIL.ImageOps
 from torch import Tensor
 
 from mgd.errors import UserError
-from mgd.files import write_aside
+from mgd.files import read_json, write_aside, write_json
 from mgd.pictures import colorize
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import LogFormatter  # noqa: E402
+
+PREDICTIONS = "predictions.json"
+"""Marks a folder of predictions as ours."""
 
 
 def plot_curves(log: Path, output: Path) -> None:
@@ -41,6 +44,36 @@ def plot_curves(log: Path, output: Path) -> None:
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Lay class colours over an image `[H, W, 3]` uint8, half transparent."""
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
+
+
+def check_predictions(folder: Path, below: Sequence[str] = ("",)) -> None:
+    """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
+
+    Args:
+        folder: where predictions shall go.
+        below: folders in it that will hold them.
+
+    Raises:
+        UserError: one of these is not empty, and nothing says that we wrote what is there.
+    """
+    try:
+        ours = set(read_json(folder / PREDICTIONS, ("model", "files"))) == {"model", "files"}
+    except UserError:
+        ours = False
+    for place in [] if ours else [folder / name for name in below]:
+        if place.is_dir() and any(place.iterdir()):
+            raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
+
+
+def mark_predictions(folder: Path, model: str, files: int) -> None:
+    """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
+
+    Args:
+        folder: of the predictions.
+        model: what makes them.
+        files: images that are to be predicted.
+    """
+    write_json(folder / PREDICTIONS, {"model": model, "files": files})
 
 
 def save_prediction(

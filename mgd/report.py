@@ -35,11 +35,12 @@ class Cell:
 
     @property
     def title(self) -> str:
-        """Table that the cell belongs to: data set, its variant and the partition protocol."""
+        """Table that the cell belongs to: data set (one of your own: its folder, too), variant, partition protocol."""
         data = self.recipe.data
         scale = "" if data.image_scale == 1 else f" at {data.image_scale:g} of full resolution"
         split = f" ({data.val_split})" if hasattr(data, "val_split") else ""
-        return f"{data.name}{split}{scale}, partitions: {self.recipe.partition.protocol}"
+        place = "" if type(data).same_everywhere else f" {Path(getattr(data, 'root', None) or '').name}".rstrip()
+        return f"{data.name}{place}{split}{scale}, partitions: {self.recipe.partition.protocol}"
 
     @property
     def partition(self) -> str:
@@ -77,7 +78,7 @@ class Cell:
     def of_teacher(self) -> float | None:
         """Mean over the seeds of the share of the better teacher's mIoU that ours is, %."""
         teachers = [better_teacher(folder) for folder, _ in self.runs]
-        if None in teachers:
+        if not all(teachers):  # one has no run beside it, or knows nothing
             return None
         return statistics.mean(100 * ours / theirs for ours, theirs in zip(self.mious, teachers, strict=True))
 
@@ -91,8 +92,8 @@ def better_teacher(folder: Path) -> float | None:
             if teacher.recipe:
                 trained = load(teacher.recipe, [f"run.seed={recipe.run.seed + teacher.seed_offset}"])
                 place = folder.parent / trained.run_dir.name
-            found.append(read_json(place / "metrics.json", ("miou",))["miou"])
-        except UserError:
+            found.append(float(read_json(place / "metrics.json", ("miou",))["miou"]))
+        except (UserError, TypeError, ValueError):  # nothing there, or not as a run wrote it
             return None
     return max(found, default=None)
 
@@ -288,7 +289,11 @@ def check_metrics(metrics: Mapping[str, Any], recipe: Recipe) -> None:
         *(key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)),
         *(key for key in ("num_labeled", "num_val", "steps") if not isinstance(metrics[key], int)),
         *(["seed"] if metrics["seed"] != recipe.run.seed else []),
-        *(["best_on_val"] if best is not None and not (isinstance(best, dict) and "miou" in best) else []),
+        *(
+            []
+            if best is None or (isinstance(best, dict) and isinstance(best.get("miou"), float | int))
+            else ["best_on_val"]
+        ),
     ]
     if not wrong and not 0 <= metrics["miou"] <= 100:
         wrong = ["miou"]

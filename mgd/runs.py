@@ -60,7 +60,12 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         (folder / "model" / name).exists() for name in ("config.json", "model.safetensors")
     ):
         return None  # without its model a run is taken up again from its last resume point
-    return read_json(path, ("name", "method", "backbone", "miou", "seconds", "num_labeled", "num_unlabeled"))
+    metrics = read_json(path, ("name", "method", "backbone", "miou", "seconds", "num_labeled", "num_unlabeled"))
+    if wrong := [key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)]:
+        raise UserError(
+            f"{path} is damaged: {wrong[0]} = {metrics[wrong[0]]!r}; start over: {recipe.command} --restart"
+        )
+    return metrics
 
 
 @contextlib.contextmanager

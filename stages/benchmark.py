@@ -47,9 +47,12 @@ def main() -> None:
     flags.add_argument("--repetitions", type=cli.at_least(1), default=7, help="rounds that count; terms: batches")
     flags.add_argument("--model", help="terms: a run whose student is looked at; left out, one that is not trained yet")
     flags.add_argument(
-        "--size", type=cli.at_least(32), nargs="+", help="sides of the image, pixels; left out, the recipe's crop"
+        "--size",
+        type=cli.at_least(32, 16384),
+        nargs="+",
+        help="sides of the image, pixels; left out, the recipe's crop",
     )
-    flags.add_argument("--threads", type=cli.at_least(1), default=1, help="infer, students: of the runtime (1)")
+    flags.add_argument("--threads", type=cli.at_least(1, 1024), default=1, help="infer, students: of the runtime (1)")
     flags.add_argument("--target-ms", type=float, default=30.0, help="students: milliseconds an image may take (30)")
     flags.add_argument("--backbones", nargs="+", default=inference.BACKBONES, help="students: timm names")
     args = flags.parse_args()

@@ -55,13 +55,15 @@ def main() -> None:
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     output = Path(args.output)
-    if len(set(args.model)) < len(args.model):
+    if len({Path(name).resolve() for name in args.model}) < len(args.model):
         raise UserError(f"--model {args.model[0]} twice: a model does not disagree with itself")
     if len(args.model) not in MODELS[args.strategy]:
         fitting = " or ".join(map(str, MODELS[args.strategy]))
         raise UserError(f"--strategy {args.strategy} takes {fitting} --model, not {len(args.model)}")
     if (output / "labeled.txt").exists():
         raise UserError(f"{output / 'labeled.txt'} is there: an earlier choice; name another --output, or delete it")
+    if output.is_dir() and any(output.iterdir()):
+        raise UserError(f"{output} holds other files; name another, or an empty, --output")
 
     accelerator = cli.start(recipe)
     found = usable_images(find_candidates(recipe.data), accelerator)

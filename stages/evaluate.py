@@ -20,7 +20,7 @@ from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
 from mgd.models.segmenter import find_model, load_segmenter  # noqa: E402
-from mgd.plots import save_prediction  # noqa: E402
+from mgd.plots import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
 
@@ -39,6 +39,8 @@ def main() -> None:
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
 
+    if args.save_predictions:
+        check_predictions(Path(args.save_predictions))
     folder = find_model(args.model)
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():
@@ -51,6 +53,7 @@ def main() -> None:
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
+        mark_predictions(Path(args.save_predictions), args.model, len(images))
         keep = functools.partial(save_prediction, Path(args.save_predictions), splits.colors, splits.decoder.encode)
     result = evaluate_network(network, images, recipe, accelerator, keep)
 

@@ -30,6 +30,9 @@ from mgd.recipe import load  # noqa: E402
 from mgd.registry import EXPORTERS  # noqa: E402
 from mgd.runs import device_name, versions  # noqa: E402
 
+MOST = 16384
+"""Pixels a side."""
+
 
 def main() -> None:
     """Write one file, try it, keep it if it does what the network does."""
@@ -50,7 +53,7 @@ def main() -> None:
         "--images", metavar="DIR", help="try, and calibrate with, these images instead; there is no mIoU then"
     )
     flags.add_argument("--samples", type=cli.at_least(1), default=100, help="images to try, and to calibrate with")
-    flags.add_argument("--threads", type=cli.at_least(1), default=1, help="of the runtime, for the latency (1)")
+    flags.add_argument("--threads", type=cli.at_least(1, 1024), default=1, help="of the runtime, for the latency (1)")
     flags.add_argument("--output", type=cli.output_folder, help="folder; left out, export/ in the run")
     args = flags.parse_args()
 
@@ -150,8 +153,8 @@ def _points(text: str) -> float:
 
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not found or min(map(int, found.groups())) < LEAST_SIDE // 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; HEIGHTxWIDTH, e.g. 512x512, each at least 32")
+    if not found or not all(LEAST_SIDE // 2 <= int(side) <= MOST for side in found.groups()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; HEIGHTxWIDTH, e.g. 512x512, each from 32 to {MOST}")
     return int(found[1]), int(found[2])
 
 

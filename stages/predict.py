@@ -26,15 +26,14 @@ from tqdm import tqdm  # noqa: E402
 
 from mgd import cli  # noqa: E402
 from mgd.errors import UserError, one_line  # noqa: E402
-from mgd.files import write_aside, write_json  # noqa: E402
+from mgd.files import write_aside  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.segmenter import enlarge, find_model, load_segmenter  # noqa: E402
 from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
-from mgd.plots import overlay, save_prediction  # noqa: E402
+from mgd.plots import check_predictions, mark_predictions, overlay, save_prediction  # noqa: E402
 from mgd.recipe import Eval, load, parse_eval  # noqa: E402
 
 KINDS = ("masks", "colors", "overlays", "probabilities")
-MARK = "predictions.json"
 
 
 def main() -> None:
@@ -55,7 +54,7 @@ def main() -> None:
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
     output = Path(args.output)
-    _check_output(output)
+    check_predictions(output, KINDS)
     ours = [(output / kind).resolve() for kind in KINDS]
     files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
     if not files:
@@ -75,8 +74,8 @@ def main() -> None:
                 unreadable += [f"{name} cannot be predicted: {one_line(error)}{remedy}" for name, _ in group]
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])
-            if not done:  # before any mask, so that the folder of a run that is cut short is known as ours
-                write_json(output / MARK, {"model": args.model, "files": len(files)})
+            if not done:
+                mark_predictions(output, args.model, len(files))
             for (name, picture), one in zip(group, scores, strict=True):
                 _save(output, name, np.asarray(picture), one, model.colors, args.save)
             done += len(group)
@@ -93,15 +92,6 @@ def main() -> None:
         raise UserError(f"{args.input}: none of the {len(files)} images can be used")
     left_out = f"; {len(unreadable)} left out" if unreadable else ""
     accelerator.print(f"{args.output}: {', '.join(args.save)} of {done} images{left_out}")
-
-
-def _check_output(output: Path) -> None:
-    """Refuse a folder with files that no prediction wrote: they may be masks that somebody painted."""
-    if (output / MARK).exists():
-        return
-    for kind in KINDS:
-        if (output / kind).is_dir() and any((output / kind).iterdir()):
-            raise UserError(f"{output / kind} holds files that are no predictions; name another --output")
 
 
 def _how(folder: Path, overrides: list[str], crop: int | None) -> tuple[Eval, int]:

@@ -11,6 +11,7 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
+import re  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -76,7 +77,8 @@ def main() -> None:
         lines[cell.title].setdefault(cell.row_name, []).append(point)
     plot_partitions(lines, folder / "partitions.png")
     for path in folder.glob("samples_*.png"):
-        path.unlink()  # of an earlier report, which may have had more tables
+        if re.fullmatch(r"samples_\d+\.png", path.name):
+            path.unlink()  # of an earlier report, which may have had more tables
     written = ["report.md", "report.csv", "cost.png", "partitions.png"]
     for number, (title, members) in enumerate(groups.items()):
         if args.samples > 0:

@@ -79,6 +79,8 @@ def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[s
     Raises:
         UserError: a recipe is wrong, or two different ones would write one folder.
     """
+    if seeded := [text for text in overrides if text.partition("=")[0].strip() == "run.seed"]:
+        raise UserError(f"--set {seeded[0]}: the seeds of a sweep are given by --seeds")
     cells: Cells = {}
     writers: dict[str, Recipe] = {}
     for seed in seeds:

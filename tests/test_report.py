@@ -77,6 +77,28 @@ def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):
     assert rows_of(collect([tmp_path / "runs"])[0])[0]["gain"] is None  # it would not be of the seeds of the mIoU
 
 
+def test_own_data_sets_stand_in_tables_of_their_own(fake_run, tmp_path):
+    for name in ("leaves", "roads"):
+        path = fake_run(name, 0, 50.0) / "recipe.toml"
+        raw = tomllib.loads(path.read_text())
+        raw["data"] = {"name": "folder", "root": str(tmp_path / name), "classes": ["a", "b"], "crop": 64}
+        path.write_text(tomli_w.dumps(raw))
+    assert [title.partition(",")[0] for title in tables(collect([tmp_path / "runs"])[0])] == [
+        "folder leaves",
+        "folder roads",
+    ]
+
+
+@pytest.mark.parametrize("miou", [0.0, None, "x"])
+def test_a_teacher_of_no_use_has_no_share(fake_run, tmp_path, miou):
+    teacher = fake_run("teacher", 0, 50.0)
+    (teacher / "metrics.json").write_text(json.dumps({"miou": miou}))
+    method = {"name": "kd", "distill_from": ["deep"]}
+    fake_run("student", 0, 40.0, method=method, teachers={"deep": {"checkpoint": str(teacher)}})
+    (row,) = rows_of(collect([tmp_path / "runs"])[0])
+    assert row["run"] == "student" and row["of_teacher"] is None
+
+
 def test_a_gain_is_over_what_the_method_alone_changes(fake_run, tmp_path):
     fake_run("plain", 0, 40.0)
     fake_run("weighted", 0, 46.0, method={"class_balance": 0.5})

@@ -108,10 +108,7 @@ def students(
     for backbone, head in pairs:  # all are counted before hours are spent on one that cannot be
         table = {"backbone": backbone, "pretrained": False, "output_stride": 32, "head": HEADS[head]}
         sections[backbone, head] = parse_model(table, source=f"--backbones {backbone}")
-        try:
-            costs[backbone, head] = model_costs(sections[backbone, head], num_classes, size)["total"]
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--backbones {backbone}: no network for {size}x{size}: {error}") from error
+        costs[backbone, head] = model_costs(sections[backbone, head], num_classes, size)["total"]
     for backbone, head in tqdm(pairs, leave=False, disable=None):
         section, cost = sections[backbone, head], costs[backbone, head]
         with tempfile.TemporaryDirectory() as folder:

@@ -121,8 +121,10 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             picture: is turned upright as its EXIF says.
 
         Raises:
-            UserError: the network cannot take a whole image of this size, or there is too little memory.
+            UserError: not a PIL image, or the network cannot take a whole one of this size, say for want of memory.
         """
+        if not isinstance(picture, PIL.Image.Image):
+            raise UserError(f"predict takes a PIL image, as PIL.Image.open gives it, not {type(picture).__name__}")
         was_training = self.training
         upright = to_rgb(PIL.ImageOps.exif_transpose(picture))
         small, _ = rescale(upright, None, self.image_scale)

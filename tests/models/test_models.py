@@ -192,6 +192,8 @@ def test_predict_a_picture():
     assert np.array_equal(found.colors, np.array(COLORS, np.uint8)[found.label])
     assert sum(np.asarray(segment["mask"], bool).sum() for segment in found.segments) == 61 * 90
     assert model.predict(PIL.Image.new("L", (1, 1))).label.shape == (1, 1)
+    with pytest.raises(UserError, match=r"takes a PIL image, as PIL\.Image\.open gives it, not str"):
+        model.predict("photo.jpg")
 
 
 def test_loading_is_strict(tmp_path):

@@ -58,4 +58,10 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
         assert rows[name] is None if name in absent else rows[name] == pytest.approx(value)
     assert rows["mean"] == pytest.approx(np.nanmean(list(expected.values())))
     assert "never" in absent
+    painted = {path: path.read_bytes() for path in (tmp_path / "val" / "masks").iterdir()}
+    refused = run_here(
+        *("evaluate.py", "--model", tmp_path / "runs" / "tiny", "--save-predictions", tmp_path / "val" / "masks")
+    )
+    assert refused.returncode == 2 and "files that are no predictions of ours" in refused.stderr
+    assert painted == {path: path.read_bytes() for path in (tmp_path / "val" / "masks").iterdir()}
     assert f"left out of the mean: {', '.join(absent)}" in scored.stdout

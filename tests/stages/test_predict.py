@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 import torch
 from conftest import call_stage
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mgd.errors import Stopped
 from mgd.inference import predict_logits
@@ -73,6 +73,19 @@ def test_bad_input_is_one_line(tmp_path, model, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_network_that_says_nothing(tmp_path, model, capsys):
+    weights = load_file(model / "model.safetensors")
+    save_file(
+        {name: value * 1e30 if value.is_floating_point() else value for name, value in weights.items()},
+        model / "model.safetensors",
+    )
+    PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    arguments = ("--model", model, "--input", tmp_path / "a.png", "--output", tmp_path / "out")
+    status, _, error = call_stage(capsys, "predict.py", *arguments)
+    assert status == 2 and "the network gives values that are no number" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_windows_without_a_recipe(tmp_path, model, capsys):
     pixels = np.random.default_rng(0).integers(256, size=(96, 80, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
@@ -125,7 +138,10 @@ def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
     before = painted.read_bytes()
     arguments = ("--model", model, "--input", data / "images", "--output")
     status, _, error = call_stage(capsys, "predict.py", *arguments, data)
-    assert status == 2 and "holds files that are no predictions; name another --output" in error
+    assert status == 2 and "holds files that are no predictions of ours" in error
+    (data / "predictions.json").write_text('[{"image_id": 1}]')  # as COCO's tools call their results
+    status, _, error = call_stage(capsys, "predict.py", *arguments, data)
+    assert status == 2 and "holds files that are no predictions of ours" in error
     assert painted.read_bytes() == before
     inside = data / "images" / "out"
     for _ in range(2):

@@ -119,6 +119,7 @@ def test_a_signal_stops_the_cell_that_is_running_and_the_same_command_goes_on(ce
     [
         (["--set", "run.name=same"], "give each a [run] name of its own, with {seed}"),
         (["--set", "optim.lr=fast"], "[optim] lr"),
+        (["--set", "run.seed=5"], "--set run.seed=5: the seeds of a sweep are given by --seeds"),
         (["--launch", "'open"], 'argument --launch: "\'open": No closing quotation'),
         (["--launch", "no-such-launcher"], "argument --launch: 'no-such-launcher': no such program"),
     ],
