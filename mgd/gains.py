@@ -8,7 +8,7 @@ from mgd.runs import shaping_keys
 
 # What a supervised run has in common with those that are measured against it, by the beginning of a key.
 _IN_COMMON = ("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem")
-_BUDGET = ("steps", "epochs", "batch_size")
+_IN_COMMON += ("optim.steps", "optim.epochs", "optim.batch_size")
 _NOT_SEEN = ("data.unlabeled", "data.root", "partition.root", "partition.seed", "eval.baselines")
 
 Run = tuple[Recipe, Mapping[str, Any]]
@@ -44,7 +44,6 @@ def _common(run: Run) -> dict[str, Any]:
     keys = {k: v for k, v in shaping_keys(recipe).items() if k.startswith(_IN_COMMON) and not k.startswith(_NOT_SEEN)}
     place = None if type(recipe.data).same_everywhere else getattr(recipe.data, "root", None)
     counts = (metrics["num_labeled"], metrics["num_val"])
-    keys |= {key: getattr(recipe.optim, key) for key in _BUDGET}
     return keys | {"seeds": (recipe.run.seed, recipe.partition_seed), "root": place, "counts": counts}
 
 

@@ -403,9 +403,14 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
                 method.check_cached(sections["method"], sections["data"].crop, cache.cell)
         except UserError as error:
             errors.append(f"[method] {error}")
+    _raise_all(errors, source)
+    return Recipe(source=source, overrides=overrides, **sections)
+
+
+def _raise_all(errors: Sequence[str], source: str) -> None:
+    """Raise a line an error, if there are any."""
     if errors:
         raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
-    return Recipe(source=source, overrides=overrides, **sections)
 
 
 def _teachers(tables: Any, errors: list[str]) -> tuple[dict[str, Section | None], bool]:
@@ -434,8 +439,7 @@ def parse_model(table: Mapping[str, Any], source: str) -> ModelSection:
     errors: list[str] = []
     model = _student_model(table, errors)
     section = None if model is None else _validate(model, table, "student", errors)
-    if errors:
-        raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
+    _raise_all(errors, source)
     return section
 
 
@@ -450,8 +454,7 @@ def parse_eval(overrides: Sequence[str], source: str) -> Eval:
         override(raw, text)
     errors: list[str] = []
     section = _validate(Eval, raw["eval"], "eval", errors)
-    if errors:
-        raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
+    _raise_all(errors, source)
     return section
 
 

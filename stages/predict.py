@@ -81,10 +81,8 @@ def main() -> None:
             done += len(group)
             bar.update(done + len(unreadable) - bar.n)
     results = gather_object([(done, unreadable)])
-    done, unreadable = (
-        sum(number for number, _ in results),
-        [problem for _, problems in results for problem in problems],
-    )
+    done = sum(number for number, _ in results)
+    unreadable = [problem for _, problems in results for problem in problems]
     if accelerator.is_main_process:
         for problem in unreadable:
             print(f"note: {problem}", file=sys.stderr)

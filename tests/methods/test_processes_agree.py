@@ -23,6 +23,17 @@ rank, file = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group("gloo", init_method="file://" + file + ".store", rank=rank, world_size=2)
 batch = load_file(file)
 logits, label = batch["logits"], batch["label"]
+
+def save_mean(name, loss, mine):
+    # loss and gradient, as DistributedDataParallel averages them
+    loss.backward()
+    gradient = torch.zeros_like(logits)
+    gradient[rank :: 2] = mine.grad
+    both = torch.cat([loss.detach().reshape(1), gradient.flatten()])
+    torch.distributed.all_reduce(both)
+    if rank == 0:
+        save_file({"mean": both / 2}, file + "." + name)
+
 hard = OHEM(threshold=0.3, min_kept_per_image=0)
 for name, ohem, balance in (("all", None, 0), ("ohem", hard, 0), ("all.rare", None, 1), ("ohem.rare", hard, 1)):
     mine = logits[rank :: 2].clone().requires_grad_()
@@ -30,14 +41,7 @@ for name, ohem, balance in (("all", None, 0), ("ohem", hard, 0), ("all.rare", No
     method.weigh_classes(torch.tensor([16, 8, 4, 2, 1]))
     if balance:
         method.class_weights *= 1e-3  # only their ratios matter, also where they sum to less than 1
-    loss = method.labeled_loss(mine, label[rank :: 2])
-    loss.backward()
-    gradient = torch.zeros_like(logits)
-    gradient[rank :: 2] = mine.grad
-    both = torch.cat([loss.detach().reshape(1), gradient.flatten()])
-    torch.distributed.all_reduce(both)
-    if rank == 0:
-        save_file({"mean": both / 2}, file + "." + name)  # what DistributedDataParallel averages
+    save_mean(name, method.labeled_loss(mine, label[rank :: 2]), mine)
 for labels in ("hard", "soft"):
     mine = logits[rank :: 2].clone().requires_grad_()
     pixel = PixelTerm(teachers=("deep",), labels=labels, class_balance=1, on=("unlabeled",))
@@ -45,14 +49,8 @@ for labels in ("hard", "soft"):
     method.weigh_classes(torch.tensor([16, 8, 4, 2, 1]))
     output = SegOutput(torch.cat([mine, mine]), torch.cat([mine, mine]))
     seen = {"deep": Seen(unlabeled=batch[labels][rank :: 2])}
-    loss = method.student_loss(output, torch.full_like(label[rank :: 2], 255), seen, padded=False).loss
-    loss.backward()
-    gradient = torch.zeros_like(logits)
-    gradient[rank :: 2] = mine.grad
-    both = torch.cat([loss.detach().reshape(1), gradient.flatten()])
-    torch.distributed.all_reduce(both)
-    if rank == 0:
-        save_file({"mean": both / 2}, file + "." + labels)
+    ignored = torch.full_like(label[rank :: 2], 255)
+    save_mean(labels, method.student_loss(output, ignored, seen, padded=False).loss, mine)
 torch.distributed.destroy_process_group()
 """
 
