@@ -24,25 +24,18 @@ METHODS = {
 LEARNING_RATE = 2e-3
 # Chosen for the same student by the val mIoU of the images of seed 0 (trials.md: 0 43.4, 0.5 45.6, 1 42.8).
 CLASS_BALANCE = 0.5
-UNDER_LONG = "under teachers that learnt from labels alone"
-# Ours, not the paper's: changes to MGD that the benchmark tries.
-SOFT = ("[method.pixel]\n", '[method.pixel]\nlabels = "soft"\nweight = 0.5  # two teachers: their mean\n')
-LIGHT = ("weight = 100.0\n", "weight = 10.0  # a tenth of the paper's\n")
+LONG_TEACHERS = "under teachers that learnt from labels alone"
+UNDER_LONG = {
+    "mgd": "the student by MGD as published",
+    "kd": "the student by pixel-wise distillation from both teachers",
+    "cwd": "the student by channel-wise distillation from both teachers",
+    "pixel": "the student by the pixel term alone, rare classes weighted",
+}
 # L_P alone, in which rare classes count as much more as in the supervised loss.
 PIXEL = (
     f'[method]\nname = "mgd"\n\n[method.pixel]\nteachers = {paper.BOTH}\non = ["labeled", "unlabeled"]\n'
     f"class_balance = {CLASS_BALANCE}  # rare classes count more in the teachers' labels, too\n"
 )
-# name -> replacements in the text of the recipe, what it is
-VARIANTS = {
-    "soft_mean": ((SOFT,), "MGD whose pixel term learns from the teachers' mean probabilities, as KD does"),
-    "light": ((LIGHT,), "MGD with a tenth of the paper's lambda2"),
-    "soft_mean_light": (
-        (SOFT, LIGHT),
-        "MGD by the teachers' mean probabilities and with a tenth of the paper's lambda2",
-    ),
-}
-
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
 # student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 56 % of
 # the operations that CPS takes; online: steps of one run for all three networks, which has as
@@ -125,36 +118,27 @@ def all_recipes() -> Iterator[tuple[str, str]]:
                     if method in ("mgd", "kd", "cwd"):
                         body = "".join(paper.teacher(*named) for named in _teachers(size, share).items()) + body
                     yield _recipe(size, share, network, "" if method == "mgd" else f"_{method}", note, body)
-                    if (share, network, method) == ("1/16", "lite0", "mgd"):
-                        for name, (replacements, what) in VARIANTS.items():
-                            assert all(old in body for old, _ in replacements), name
-                            varied = functools.reduce(lambda text, pair: text.replace(*pair), replacements, body)
-                            yield _recipe(size, share, network, f"_{name}", what, varied)
         yield _online(size)
         yield from _long(size)
-        for ablation, row in paper.ABLATIONS.items():
-            body = paper.ablated(row, _teachers(size, "1/16"), paper.mgd_values("camvid", "lite0"))
-            note = f"MGD changed as in Table {row[-1]} of the paper"
-            yield _recipe(size, "1/16", "lite0", f"_{ablation}", note, body)
-        body = paper.ablated(paper.ABLATIONS["losses_p"], _teachers(size, "1/16"), paper.mgd_values("camvid", "mbv2"))
-        yield _recipe(size, "1/16", "mbv2", "_losses_p", "MGD changed as in Table 5a of the paper", body)
 
 
 def _long(size: str) -> Iterator[tuple[str, str]]:
     """Yield teachers that learn from the labels alone, for longer, and students under them."""
-    for network in TEACHERS:
-        note = "a teacher, on the labelled images alone and three times as long as by CPS"
-        yield _recipe(size, "1/16", network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
-    teachers = "".join(paper.teacher(*named) for named in _teachers(size, "1/16", "_long").items())
     values = paper.mgd_values("camvid", "lite0")
-    for method in ("mgd", "kd", "cwd"):
-        body = teachers + paper.METHOD[method].format(**values)
-        tail = "_long" if method == "mgd" else f"_long_{method}"
-        yield _recipe(
-            size, "1/16", "lite0", tail, f"{METHODS[method].partition(',')[0]} by {method}, {UNDER_LONG}", body
-        )
-    note = f"the student by the pixel term alone, rare classes weighted, {UNDER_LONG}"
-    yield _recipe(size, "1/16", "lite0", "_long_pixel", note, teachers + PIXEL)
+    for share in SHARES[:-1]:
+        for network in TEACHERS:
+            note = "a teacher, on the labelled images alone and three times as long as by CPS"
+            yield _recipe(size, share, network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
+        recipes = _teachers(size, share, "_long")
+        bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")} | {"pixel": PIXEL}
+        for method, body in bodies.items():
+            teachers = "".join(paper.teacher(*named) for named in recipes.items())
+            tail = "_long" if method == "mgd" else f"_long_{method}"
+            yield _recipe(size, share, "lite0", tail, f"{UNDER_LONG[method]}, {LONG_TEACHERS}", teachers + body)
+    recipes = _teachers(size, "1/16", "_long")
+    for ablation, row in paper.ABLATIONS.items():
+        note = f"MGD changed as in Table {row[-1]} of the paper, {LONG_TEACHERS}"
+        yield _recipe(size, "1/16", "lite0", f"_long_{ablation}", note, paper.ablated(row, recipes, values))
 
 
 def _online(size: str) -> tuple[str, str]:
