@@ -96,7 +96,7 @@ def test_the_protocol_of_the_paper(data):
 
 
 @pytest.mark.parametrize(
-    ("family", "networks"), [("voc_r18_1-8", ["r101", "wrn50"]), ("camvid/half_lite0_1-16", ["lite2", "lite1"])]
+    ("family", "networks"), [("voc_r18_1-8", ["r101", "wrn50"]), ("camvid/half_lite0_1-16_long", ["lite2", "lite1"])]
 )
 def test_the_ablations_of_the_paper(family, networks):
     names = dict(zip(networks, ("r101", "wrn50"), strict=True))
