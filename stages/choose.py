@@ -66,7 +66,7 @@ def main() -> None:
         raise UserError(f"{output} holds other files; name another, or an empty, --output")
 
     accelerator = cli.start(recipe)
-    found = usable_images(find_candidates(recipe.data), accelerator)
+    found = usable_images(find_candidates(recipe.data, recipe.partition), accelerator)
     images, labeled = Images(found.images), Images(found.labeled)
     check_ids([*images.ids, *labeled.ids])
     budget = labeled_amount(args.budget, len(images))

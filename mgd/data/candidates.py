@@ -7,9 +7,10 @@ from pathlib import Path
 import datasets
 
 from mgd.data.datasets import Folder, by_stem, table
+from mgd.data.partitions import split
 from mgd.data.stream import whole_pool
 from mgd.errors import UserError
-from mgd.recipe import DataSection
+from mgd.recipe import DataSection, Partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +41,14 @@ class Candidates:
         return sorted(with_mask.difference(held_out)), sorted(unlabeled), held_out
 
 
-def find_candidates(section: DataSection) -> Candidates:
-    """Return the images without a mask; where all have one, all training images. [data.unlabeled] is not among them.
+def find_candidates(section: DataSection, partition: Partition) -> Candidates:
+    """Return the images without a mask; [data.unlabeled] is not among them.
+
+    Where all have one: those of a recipe's own unlabelled list, as if only its labelled list had been painted; without
+    such lists all training images.
 
     Raises:
-        UserError: see the readers.
+        UserError: see the readers; or a list does not fit the data.
     """
     if isinstance(section, Folder):  # which may have no mask at all yet
         root = Path(section.root)
@@ -58,7 +62,14 @@ def find_candidates(section: DataSection) -> Candidates:
     everything = splits.labeled.select_columns(["id", "image"])
     if len(splits.unlabeled):
         return Candidates(splits.unlabeled, everything, section)
-    return Candidates(everything, everything.select([]), section)
+    if partition.protocol != "files":
+        return Candidates(everything, everything.select([]), section)
+    places = {name: index for index, name in enumerate(everything["id"])}
+    halves = split(partition, list(places), [], seed=0)
+    unlabeled, labeled = (
+        everything.select([places[name] for name in names]) for names in (halves.unlabeled, halves.labeled)
+    )
+    return Candidates(unlabeled, labeled, section)
 
 
 def _rows(names: list[str], images: dict[str, Path]) -> datasets.Dataset:

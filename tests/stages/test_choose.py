@@ -155,6 +155,22 @@ def test_disagreement_chooses_among_the_most_disputed(write_recipe, choose, tmp_
     assert status == 2 and "they must be the same" in error
 
 
+@pytest.mark.parametrize("strategy", ["random", "coverage"])
+def test_a_second_choice_goes_on_from_the_lists_of_the_first(write_recipe, choose, tmp_path, strategy):
+    recipe = write_recipe()
+    assert choose(recipe, "first", 3, "--strategy", "random")[0] == 0
+    before = lists(tmp_path / "first")
+    own = {"protocol": "files", **{f"{kind}_list": tmp_path / "first" / f"{kind}.txt" for kind in KINDS}}
+    sets = [part for key, value in own.items() for part in ("--set", f"partition.{key}={value}")]
+    status, out, error = choose(recipe, "second", 4, "--strategy", strategy, *sets)
+    assert status == 0, error
+    labeled, unlabeled = lists(tmp_path / "second")
+    chosen = (tmp_path / "second" / "selected.txt").read_text().split()
+    assert len(chosen) == 4 and set(chosen) <= set(before[1])
+    assert labeled == sorted([*before[0], *chosen]) and sorted(labeled + unlabeled) == TRAIN
+    assert out.strip().splitlines()[-1].count("labeled_list") == 2, "the command names the new lists alone"
+
+
 @pytest.mark.slow
 def test_two_processes_choose_as_one(write_recipe, choose, tmp_path):
     recipe = write_recipe()
