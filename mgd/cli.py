@@ -1,6 +1,7 @@
 """What the stages share around their `main`: flags, the accelerator, errors as one line."""
 
 import argparse
+import io
 import logging
 import multiprocessing
 import os
@@ -135,8 +136,15 @@ def run(main: Callable[[], None]) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no "±" shows "?"
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         # A data worker hands its exception over with its traceback as text before the message.
         message = str(error).rpartition("UserError: ")[2] if str(error).startswith("Caught ") else str(error)

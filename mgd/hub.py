@@ -13,17 +13,17 @@ from huggingface_hub.utils import validate_repo_id
 
 from mgd.complexity import model_costs
 from mgd.errors import UserError, one_line
-from mgd.files import read_json, write_aside, write_json, write_text
+from mgd.files import write_aside, write_json, write_text
 from mgd.models.card import TAGS, assembled, front_matter, hex_color, plain, usage
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.portable import is_local, portable, portable_command
 from mgd.recipe import Recipe, load
 from mgd.registry import METHODS
-from mgd.report import check_metrics, markdown
+from mgd.report import markdown
+from mgd.runs import read_metrics
 
 _FILES = ("recipe.toml", "metrics.json", "overlays.png", "model/config.json", "model/model.safetensors")
-_NUMBERS = ("miou", "num_labeled", "num_unlabeled", "num_val", "seed", "seconds", "steps")
-_METRICS = (*_NUMBERS, "name", "iou", "command", "versions", "device", "num_processes", "mixed_precision")
+_METRICS = ("name", "iou", "command", "versions", "device", "num_processes", "mixed_precision")
 
 
 class FinishedRun(NamedTuple):
@@ -51,8 +51,7 @@ def open_run(folder: Path) -> FinishedRun:
             f"{folder}: a run that is not finished (it lacks {missing[0]}); the command that began it goes on with it"
         )
     recipe = load(folder / "recipe.toml")
-    metrics = read_json(folder / "metrics.json", _METRICS)
-    check_metrics(metrics, recipe)
+    metrics = read_metrics(folder, recipe, _METRICS)
     network = load_segmenter(folder / "model")
     if not isinstance(metrics["iou"], Mapping) or set(metrics["iou"]) != set(network.classes):
         raise UserError(f"{folder}: metrics.json and model/config.json have other classes; they are of two runs")
@@ -96,11 +95,12 @@ def write_folder(run: FinishedRun, repo: str, license: str | None, output: Path)
     _check_repo(repo)
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} is not empty; give an empty folder, or one that is not there yet")
+    card = model_card(run, repo, license)  # first: numbers that it cannot word leave nothing half-written
     run.network.save(output)  # what was just loaded strictly, and nothing else that lies beside it
     write_text(output / "recipe.toml", tomli_w.dumps(portable(run.recipe.to_dict())))
     write_json(output / "metrics.json", portable(run.metrics) | {"command": portable_command(run.metrics["command"])})
     write_aside(output / "overlays.png", lambda aside: shutil.copyfile(run.folder / "overlays.png", aside))
-    write_text(output / "README.md", model_card(run, repo, license))
+    write_text(output / "README.md", card)
 
 
 # ---- the card ----

@@ -14,11 +14,10 @@ from mgd.errors import UserError
 from mgd.files import read_json
 from mgd.gains import gain
 from mgd.recipe import Recipe, load
-from mgd.runs import shaping_keys
+from mgd.runs import read_metrics, shaping_keys
 
 # What may differ between two runs of one cell: the seed, what follows from it, and where the data lies.
 _OF_ONE_RUN = ("run.name", "run.seed", "partition.seed", "partition.root")
-_METRICS = ("miou", "num_labeled", "num_unlabeled", "num_val", "seed", "seconds", "steps")
 
 
 @dataclasses.dataclass
@@ -118,8 +117,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
             continue
         try:
             recipe = load(folder / "recipe.toml")
-            metrics = read_json(folder / "metrics.json", _METRICS)
-            check_metrics(metrics, recipe)
+            metrics = read_metrics(folder, recipe)
             cost = model_costs(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
         except UserError as error:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
@@ -272,33 +270,6 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def check_metrics(metrics: Mapping[str, Any], recipe: Recipe) -> None:
-    """Refuse numbers that no run of ours writes.
-
-    Args:
-        metrics: what metrics.json holds.
-        recipe: of the run.
-
-    Raises:
-        UserError: naming the key.
-    """
-    best = metrics.get("best_on_val")
-    wrong = [
-        *(key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)),
-        *(key for key in ("num_labeled", "num_val", "steps") if not isinstance(metrics[key], int)),
-        *(["seed"] if metrics["seed"] != recipe.run.seed else []),
-        *(
-            []
-            if best is None or (isinstance(best, dict) and isinstance(best.get("miou"), float | int))
-            else ["best_on_val"]
-        ),
-    ]
-    if not wrong and not 0 <= metrics["miou"] <= 100:
-        wrong = ["miou"]
-    if wrong:
-        raise UserError(f"metrics.json is not as a run wrote it: {wrong[0]} = {str(metrics.get(wrong[0]))[:40]}")
 
 
 def _run_folders(sources: Iterable[str | Path]) -> list[Path]:

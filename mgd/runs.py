@@ -8,7 +8,7 @@ import resource
 import shutil
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,11 +60,38 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         (folder / "model" / name).exists() for name in ("config.json", "model.safetensors")
     ):
         return None  # without its model a run is taken up again from its last resume point
-    metrics = read_json(path, ("name", "method", "backbone", "miou", "seconds", "num_labeled", "num_unlabeled"))
-    if wrong := [key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)]:
-        raise UserError(
-            f"{path} is damaged: {wrong[0]} = {metrics[wrong[0]]!r}; start over: {recipe.command} --restart"
-        )
+    return read_metrics(folder, recipe, ("name", "method", "backbone"))
+
+
+def read_metrics(folder: Path, recipe: Recipe, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Return `metrics.json` of a finished run, its numbers checked.
+
+    Args:
+        folder: of the run.
+        recipe: of the run.
+        more: other keys that must be there.
+
+    Raises:
+        UserError: it cannot be read, lacks a key, or holds what no run of ours writes.
+    """
+    path = folder / "metrics.json"
+    metrics = read_json(path, ("miou", "num_labeled", "num_unlabeled", "num_val", "seed", "seconds", "steps", *more))
+    best = metrics.get("best_on_val")
+    wrong = [
+        *(key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)),
+        *(key for key in ("num_labeled", "num_val", "steps") if not isinstance(metrics[key], int)),
+        *(["seed"] if metrics["seed"] != recipe.run.seed else []),
+        *(
+            []
+            if best is None or (isinstance(best, dict) and isinstance(best.get("miou"), float | int))
+            else ["best_on_val"]
+        ),
+    ]
+    if not wrong and not 0 <= metrics["miou"] <= 100:
+        wrong = ["miou"]
+    if wrong:
+        value = str(metrics.get(wrong[0]))[:40]
+        raise UserError(f"{path} is not as a run wrote it: {wrong[0]} = {value}; start over with --restart")
     return metrics
 
 

@@ -74,6 +74,8 @@ def test_mgd_terms_must_name_the_teachers(write_recipe):
         load(path, ['method.image.teachers=["deap"]'])
     with pytest.raises(UserError, match="nothing uses the teacher 'wide'"):
         load(path, ["teachers.wide.recipe=y"])
+    with pytest.raises(UserError, match="pixel.class_balance does nothing without pixel.teachers"):
+        load(path, ["method.pixel={class_balance=0.5}", 'method.image.teachers=["deep"]'])
     with pytest.raises(UserError, match=r"\[teachers.deep\]: give either recipe or checkpoint"):
         load(path, ["teachers.deep.checkpoint=y"])
 

@@ -111,6 +111,8 @@ class MultiGranularity(Method):
             names = getattr(config, term).teachers
             check_names(f"{term}.teachers", names, teachers)
             used |= set(names)
+        if config.pixel.class_balance and not config.pixel.teachers:
+            raise UserError("pixel.class_balance does nothing without pixel.teachers; name some, or leave it out")
         return used
 
     def student_loss(self, output: NamedTuple, label: Tensor, seen: Mapping[str, Seen], padded: bool) -> StepOutput:

@@ -323,7 +323,10 @@ def load_segmenter(source: str | Path, **download) -> Segmenter:
     config = _read_config(folder / "config.json")
     section = parse_model(config["model"], source=str(folder / "config.json"))
     view = {key: config[key] for key in ("image_scale", "crop")}
-    model = Segmenter(section, config["classes"], config["colors"], **view)
+    try:
+        model = Segmenter(section, config["classes"], config["colors"], **view)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     for buffer, values in ((model.mean, config["mean"]), (model.std, config["std"])):
         if values:  # what the weights were trained with, whatever timm may say of the backbone one day
             buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))

@@ -205,6 +205,10 @@ def test_loading_is_strict(tmp_path):
         ({"colors": None}, "classes must be names and colors as many"),
         ({"model": {**config["model"], "backbone": "test_resnet2"}}, "no such model"),
         ({"model": {**config["model"], "os": 1}}, r"config.json: \[student\] os: unknown key"),
+        (
+            {"model": {**config["model"], "backbone": "x"}},
+            r"config.json: \[student\] backbone = 'x': timm .* has no such",
+        ),
         ({"format": 99}, "format 99, ours 1"),
         ({"image_scale": 0}, "config.json: image_scale = 0: "),
         ({"std": [1.0, 2.0]}, r"config.json: std = "),
