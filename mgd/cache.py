@@ -33,9 +33,10 @@ from mgd.inference import views
 from mgd.losses.mgd import self_correlation
 from mgd.models.segmenter import enlarge, fingerprint
 from mgd.pictures import to_tensor
-from mgd.recipe import Recipe, TeacherCache
+from mgd.recipe import Recipe
 from mgd.registry import METHODS
 from mgd.runs import hold
+from mgd.sections import TeacherCache
 
 GRID = 7  # regions a side at which features are compared, the paper's
 

@@ -21,9 +21,10 @@ from mgd.data.stream import Pool, identity, whole_pool
 from mgd.errors import UserError
 from mgd.files import read_json
 from mgd.models.segmenter import check_trainable
-from mgd.recipe import DataSection, Recipe
+from mgd.recipe import Recipe
 from mgd.registry import METHODS
 from mgd.runs import finished_metrics
+from mgd.sections import DataSection
 from mgd.tracking import check_tracker
 
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mgd.errors import UserError, one_line
 from mgd.models.segmenter import nameless_segmenter
-from mgd.recipe import ModelSection
+from mgd.sections import ModelSection
 
 
 class Cost(NamedTuple):

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from mgd.errors import UserError
 from mgd.metrics import confusion_matrix
-from mgd.recipe import Eval
+from mgd.sections import Eval
 
 
 def predict(model: nn.Module, image: Tensor, section: Eval, crop: int) -> Tensor:

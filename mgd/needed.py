@@ -10,8 +10,9 @@ from mgd.checks import finished
 from mgd.errors import UserError
 from mgd.files import read_json
 from mgd.models.segmenter import Segmenter, load_segmenter
-from mgd.recipe import DataSection, Partition, Recipe, load
+from mgd.recipe import Recipe, load
 from mgd.runs import recipe_differences
+from mgd.sections import DataSection, Partition
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")

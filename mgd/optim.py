@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mgd.errors import UserError
-from mgd.recipe import Optim
+from mgd.sections import Optim
 
 
 def build_optimizer(section: Optim, networks: Iterable[nn.Module]) -> torch.optim.Optimizer:

@@ -9,20 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from mgd.errors import UserError
-from mgd.recipe import (
-    Eval,
-    ModelSection,
-    Optim,
-    Partition,
-    Reference,
-    Run,
-    Section,
-    Teacher,
-    TeacherCache,
-    load,
-    network_keys,
-)
+from mgd.recipe import load, network_keys
 from mgd.registry import DATASETS, HEADS, METHODS
+from mgd.sections import Eval, ModelSection, Optim, Partition, Reference, Run, Section, Teacher, TeacherCache
 
 
 class _TeacherTables(BaseModel):

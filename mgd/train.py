@@ -25,8 +25,9 @@ from mgd.files import append_line, write_text
 from mgd.guard import Guard, StopSignals
 from mgd.methods.base import Method
 from mgd.optim import build_optimizer, poly_lr
-from mgd.recipe import Optim, Recipe
+from mgd.recipe import Recipe
 from mgd.runs import recipe_differences
+from mgd.sections import Optim
 from mgd.tracking import open_tracker, track
 
 

@@ -27,7 +27,8 @@ from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.needed import needed_recipes, note_other_data, refuse_students
-from mgd.recipe import Optim, load
+from mgd.recipe import load
+from mgd.sections import Optim
 from mgd.train import _on_device
 
 BACKBONES = ["resnet18d", "mobilenetv3_small_100", "mobilenetv4_conv_small", "convnext_atto", "efficientvit_b0"]

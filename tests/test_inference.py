@@ -4,7 +4,7 @@ from torch import nn
 
 from mgd.inference import _starts, predict, predict_logits
 from mgd.models.segmenter import SegOutput
-from mgd.recipe import Eval
+from mgd.sections import Eval
 
 
 class PixelWise(nn.Module):

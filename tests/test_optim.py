@@ -3,7 +3,8 @@ import torch
 
 from mgd.models.segmenter import build_segmenter
 from mgd.optim import build_optimizer, poly_lr, total_steps
-from mgd.recipe import Optim, parse_model
+from mgd.recipe import parse_model
+from mgd.sections import Optim
 
 
 def test_norms_and_biases_are_not_decayed():

@@ -18,7 +18,7 @@ from mgd.benchmarks.timing import alternate
 from mgd.data.loaders import LABELED, Images, TrainingPairs
 from mgd.data.transforms import IGNORE_INDEX, MEAN_COLOR, LabelDecoder, View
 from mgd.errors import UserError
-from mgd.recipe import DataSection
+from mgd.sections import DataSection
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # ImageNet's, of values 0..1
 STD = np.array([0.229, 0.224, 0.225], np.float32)

@@ -18,7 +18,8 @@ from mgd.export.base import Deployed, Int8, Target
 from mgd.export.onnx import OnnxExporter
 from mgd.export.verify import latency
 from mgd.models.segmenter import Segmenter, nameless_segmenter
-from mgd.recipe import ModelSection, parse_model
+from mgd.recipe import parse_model
+from mgd.sections import ModelSection
 
 BACKBONES = (
     "mobilenetv2_100",

@@ -23,8 +23,9 @@ from mgd.errors import UserError
 from mgd.methods.base import StepOutput
 from mgd.methods.mgd import MGD, MGDConfig
 from mgd.models.segmenter import Segmenter, SegOutput, nameless_segmenter
-from mgd.recipe import ModelSection, Recipe, TeacherCache
+from mgd.recipe import Recipe
 from mgd.registry import METHODS
+from mgd.sections import ModelSection, TeacherCache
 
 
 def suite(

@@ -10,7 +10,7 @@ from mgd.data.datasets import Folder, by_stem, table
 from mgd.data.partitions import split
 from mgd.data.stream import whole_pool
 from mgd.errors import UserError
-from mgd.recipe import DataSection, Partition
+from mgd.sections import DataSection, Partition
 
 
 @dataclasses.dataclass(frozen=True)

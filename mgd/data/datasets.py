@@ -22,8 +22,8 @@ from mgd.data import shapes
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
 from mgd.pictures import SUFFIXES
-from mgd.recipe import DataSection
 from mgd.registry import DATASETS
+from mgd.sections import DataSection
 
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]

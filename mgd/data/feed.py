@@ -12,7 +12,7 @@ from mgd.data.loaders import StepSampler, TrainingPairs, start_worker, training_
 from mgd.data.stream import Place, Pool, StreamBatches
 from mgd.errors import UserError
 from mgd.files import append_line, write_text
-from mgd.recipe import DataSection
+from mgd.sections import DataSection
 
 
 class Feed:

@@ -8,7 +8,7 @@ import pooch
 from mgd.errors import UserError, one_line, some
 from mgd.files import write_text
 from mgd.pictures import SUFFIXES
-from mgd.recipe import Partition
+from mgd.sections import Partition
 
 # Lists of CPS (Chen et al.) and PseudoSeg (Zou et al.) as the repository of CPS publishes them.
 _BASE = "https://raw.githubusercontent.com/charlesCXK/TorchSemiSeg/5e0c29c02738728b6848a732817db15620a6e034/DATA"

@@ -23,7 +23,7 @@ from mgd.data.targets import CachedTargets
 from mgd.data.transforms import LabelDecoder, View, augment, draw_view
 from mgd.errors import UserError
 from mgd.pictures import UNREADABLE, decode, rescale, to_rgb, to_tensor
-from mgd.recipe import DataSection
+from mgd.sections import DataSection
 
 LABELED, UNLABELED, MIX, MASK = range(4)  # the streams of randomness; each is drawn on its own
 UNLABELED_STREAMS = {"unlabeled": UNLABELED, "mix": MIX}

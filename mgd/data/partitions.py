@@ -8,7 +8,7 @@ import numpy as np
 
 from mgd.data.lists import match, own_lists, public_lists
 from mgd.errors import UserError, some
-from mgd.recipe import Partition
+from mgd.sections import Partition
 from mgd.tables import labeled_amount
 
 

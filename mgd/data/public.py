@@ -11,8 +11,8 @@ from mgd.data.datasets import Splits, by_stem, default_colors, existing_folder, 
 from mgd.data.lists import read_list
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, one_line, some
-from mgd.recipe import DataSection
 from mgd.registry import DATASETS
+from mgd.sections import DataSection
 
 VOC_CLASSES = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 from mgd.data.loaders import UNLABELED_STREAMS, StepSampler, TrainingPairs
 from mgd.errors import UserError, one_line
 from mgd.pictures import UNREADABLE, rescale, to_rgb
-from mgd.recipe import UnlabeledSection
+from mgd.sections import UnlabeledSection
 
 CHUNK = 64  # rows that are read at once
 

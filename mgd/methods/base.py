@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mgd.errors import UserError, did_you_mean
 from mgd.losses import supervised
-from mgd.recipe import ModelSection, Section
+from mgd.sections import ModelSection, Section
 
 IGNORE_INDEX = 255
 

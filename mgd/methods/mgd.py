@@ -25,8 +25,8 @@ from mgd.methods.base import (
     look,
     num_processes,
 )
-from mgd.recipe import Section
 from mgd.registry import METHODS
+from mgd.sections import Section
 
 Weight = Annotated[float, Field(ge=0)]
 

@@ -11,8 +11,8 @@ from mgd.losses import supervised
 from mgd.methods.base import Batch, StepOutput
 from mgd.methods.cps import pseudo_labels
 from mgd.methods.mgd import MultiGranularity, Seen, TermsSection
-from mgd.recipe import ModelSection, Networks
 from mgd.registry import METHODS
+from mgd.sections import ModelSection, Networks
 
 
 class MGDOnlineConfig(TermsSection):

@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.recipe import Section
 from mgd.registry import HEADS
+from mgd.sections import Section
 
 
 class DeepLabV3PlusConfig(Section):

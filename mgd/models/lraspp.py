@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mgd.models.deeplabv3plus import conv_block, initialize
-from mgd.recipe import Section
 from mgd.registry import HEADS
+from mgd.sections import Section
 
 
 class LRASPPConfig(Section):

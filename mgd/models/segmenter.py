@@ -23,8 +23,9 @@ from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
 from mgd.models.card import short_card
 from mgd.pictures import colorize, rescale, to_rgb, to_tensor
-from mgd.recipe import ModelSection, parse_model
+from mgd.recipe import parse_model
 from mgd.registry import HEADS
+from mgd.sections import ModelSection
 
 FORMAT = 1
 

@@ -3,7 +3,7 @@ import pytest
 
 from mgd.data.partitions import split
 from mgd.errors import UserError
-from mgd.recipe import Partition
+from mgd.sections import Partition
 
 IDS = [f"image-{index:03d}" for index in range(100)]
 

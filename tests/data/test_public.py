@@ -11,7 +11,8 @@ from mgd.data.loaders import Images
 from mgd.data.partitions import split
 from mgd.data.public import CITYSCAPES, VOC, Cityscapes
 from mgd.errors import UserError
-from mgd.recipe import Partition, load
+from mgd.recipe import load
+from mgd.sections import Partition
 
 LISTS = ROOT.parent / "shared" / "partitions"
 needs_lists = pytest.mark.skipif(not LISTS.is_dir(), reason="the public partition lists are not beside the project")

@@ -17,7 +17,8 @@ from mgd.data.stream import Place, Pool, scan_pool
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
 from mgd.methods.cps import CPS
-from mgd.recipe import UnlabeledSection, load
+from mgd.recipe import load
+from mgd.sections import UnlabeledSection
 
 
 def picture(number):

@@ -20,7 +20,8 @@ from mgd.checks import load_splits
 from mgd.data.feed import Feed
 from mgd.data.loaders import Images, TrainingPairs
 from mgd.data.stream import Pool, whole_pool
-from mgd.recipe import UnlabeledSection, load
+from mgd.recipe import load
+from mgd.sections import UnlabeledSection
 
 COUNT, SHARDS = 200_000, 40
 

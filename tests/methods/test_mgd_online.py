@@ -12,8 +12,9 @@ from mgd.benchmarks.step import training_gmacs
 from mgd.errors import UserError
 from mgd.methods.mgd import ImageTerm, PixelTerm, RegionTerm
 from mgd.methods.mgd_online import MGDOnline, MGDOnlineConfig
-from mgd.recipe import ModelSection, load
+from mgd.recipe import load
 from mgd.schema import json_schema
+from mgd.sections import ModelSection
 
 TERMS = {
     "pixel": PixelTerm(teachers=("deep", "wide"), weight=0.7),

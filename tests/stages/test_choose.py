@@ -16,7 +16,8 @@ from mgd import checks
 from mgd.data.lists import read_list
 from mgd.data.partitions import split
 from mgd.models.segmenter import build_segmenter
-from mgd.recipe import Partition, load
+from mgd.recipe import load
+from mgd.sections import Partition
 
 KINDS = ("labeled", "unlabeled")
 TRAIN = [f"train-{index:06d}" for index in range(12)]

@@ -12,7 +12,8 @@ from mgd.inference import predict_logits
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.pictures import rescale, to_tensor
 from mgd.plots import save_prediction
-from mgd.recipe import Eval, parse_model
+from mgd.recipe import parse_model
+from mgd.sections import Eval
 
 COLORS = [(0, 0, 0), (255, 0, 0), (0, 255, 0)]
 
