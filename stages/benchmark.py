@@ -25,7 +25,8 @@ from mgd.data.loaders import StepSampler, training_loader  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import build_networks, training_pairs  # noqa: E402
 from mgd.files import write_json  # noqa: E402
-from mgd.models.segmenter import load_segmenter, model_section  # noqa: E402
+from mgd.models.saved import model_section  # noqa: E402
+from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.needed import trained_teachers  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.registry import METHODS  # noqa: E402

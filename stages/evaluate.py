@@ -19,7 +19,8 @@ from mgd.checks import check_classes, load_splits, usable_val  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
-from mgd.models.segmenter import find_model, load_segmenter  # noqa: E402
+from mgd.models.saved import find_model  # noqa: E402
+from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 

@@ -28,7 +28,8 @@ from mgd import cli  # noqa: E402
 from mgd.errors import UserError, one_line  # noqa: E402
 from mgd.files import write_aside  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
-from mgd.models.segmenter import enlarge, find_model, load_segmenter  # noqa: E402
+from mgd.models.saved import find_model  # noqa: E402
+from mgd.models.segmenter import enlarge, load_segmenter  # noqa: E402
 from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, overlay, save_prediction  # noqa: E402
 from mgd.recipe import load, parse_eval  # noqa: E402

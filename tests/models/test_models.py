@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from mgd.errors import UserError
 from mgd.models.backbones import build_backbone
-from mgd.models.segmenter import Segmenter, build_segmenter, find_model, load_segmenter
+from mgd.models.saved import find_model
+from mgd.models.segmenter import Segmenter, build_segmenter, load_segmenter
 from mgd.recipe import parse_model
 
 CLASSES, COLORS = ("sky", "road", "rest"), ((0, 0, 0), (9, 9, 9), (1, 2, 3))
