@@ -149,8 +149,11 @@ class Deployed(nn.Module):
         Args:
             image: `[B, 3, H, W]`, pixel values 0..255.
         """
-        logits = self.model(image).logits
-        return logits.argmax(dim=1).to(torch.uint8) if self.baked else logits
+        logits = self.model.of_whole_cells(image).logits
+        maps = logits.argmax(dim=1).to(torch.uint8) if self.baked else logits
+        if any(isinstance(side, torch.SymInt) for side in image.shape):
+            maps = functional.pad(maps, [0, 1, 0, 1])  # a slice can be traced for any size if it is never the whole
+        return maps[..., : image.shape[-2], : image.shape[-1]]
 
 
 def trace(network: nn.Module, target: Target) -> torch.export.ExportedProgram:

@@ -33,7 +33,7 @@ class SegOutput(NamedTuple):
     logits: Tensor
     """`[B, K, H, W]` float32, at input size."""
     features: Tensor
-    """`[B, C, h, w]`, the decoder map before the classifier; h = H/4 but in `lraspp`, where it is H/8 or more."""
+    """`[B, C, h, w]`, the decoder map before the classifier; h = H/4, rounded up (`lraspp`: H/8, or less)."""
 
 
 class Prediction(NamedTuple):
@@ -87,9 +87,24 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         Args:
             image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
         """
+        height, width = image.shape[-2:]
+        logits, features = self.of_whole_cells(image)
+        cell = logits.shape[-2] // features.shape[-2]
+        return SegOutput(logits[..., :height, :width], features[..., : -(-height // cell), : -(-width // cell)])
+
+    def of_whole_cells(self, image: Tensor) -> SegOutput:
+        """Segment a batch, and what fills up its last cells.
+
+        Args:
+            image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
+
+        Returns:
+            As of `forward`, with H and W rounded up to multiples of the output stride.
+        """
         low, high = self._maps(image)
         logits, features = self.head(low, high)
-        logits = functional.interpolate(logits.float(), size=image.shape[-2:], mode="bilinear", align_corners=False)
+        size = [side + missing for side, missing in zip(image.shape[-2:], self._missing(image), strict=True)]
+        logits = functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
         return SegOutput(logits, features)
 
     def describe(self, image: Tensor) -> Tensor:
@@ -104,12 +119,25 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         return self._maps(image)[1].float().mean(dim=(2, 3))
 
     def _maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the backbone's two feature maps, of stride 4 and the deepest."""
+        """Return the backbone's two feature maps, of stride 4 and the deepest, of whole cells.
+
+        A last cell that only part of the image fills would be spread over that part when the maps are enlarged, and
+        all others be shifted: 2 points of mIoU on images of 180x240 at stride 16. So the image's edge is repeated.
+        """
         pixels = (image.to(self.mean.dtype) - self.mean) / self.std
+        bottom, right = self._missing(image)
+        if isinstance(bottom, torch.SymInt) or isinstance(right, torch.SymInt) or bottom or right:
+            pixels = functional.pad(pixels, [0, right, 0, bottom], mode="replicate")
         if not torch.compiler.is_exporting():  # a device's runtime chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         low, high = self.backbone(pixels)
         return low, high
+
+    def _missing(self, image: Tensor) -> tuple[int, int]:
+        """Rows and columns that an image lacks to be a multiple of the output stride."""
+        stride = self.section.output_stride
+        # No remainder of a negative number, which ExecuTorch takes for a negative one.
+        return tuple((stride - side % stride) % stride for side in image.shape[-2:])
 
     @torch.inference_mode()
     def predict(self, picture: PIL.Image.Image) -> Prediction:

@@ -151,6 +151,24 @@ def test_group_norm_head_has_no_batch_statistics():
     model.train()(torch.zeros(1, 3, 32, 32))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "stride", "head"), [("mobilenetv2_050", 16, "deeplabv3plus"), ("resnet18d", 32, "lraspp")]
+)
+def test_cells_are_as_large_in_images_that_do_not_fill_the_last_ones(backbone, stride, head):
+    table = {"backbone": backbone, "pretrained": False, "output_stride": stride, "head": {"name": head, "channels": 16}}
+    section = parse_model(table, source="test")
+    model = build_segmenter(section, CLASSES, COLORS, seed=0).eval()
+    pixels = np.random.default_rng(0).integers(256, size=(3, 70, 97), dtype=np.uint8)
+    filled = np.pad(pixels, [(0, 0), (0, -70 % stride), (0, -97 % stride)], mode="edge")
+    with torch.no_grad():
+        seen, whole = (model(torch.from_numpy(image)[None]) for image in (pixels, filled))
+    assert seen.logits.shape[-2:] == (70, 97)
+    assert torch.allclose(seen.logits, whole.logits[..., :70, :97], atol=1e-5)
+    cell = whole.logits.shape[-2] // whole.features.shape[-2]
+    assert seen.features.shape[-2:] == (-(-70 // cell), -(-97 // cell))
+    assert torch.allclose(seen.features, whole.features[..., : -(-70 // cell), : -(-97 // cell)], atol=1e-5)
+
+
 def test_save_and_load(tmp_path):
     model = build_segmenter(_section("mobilenetv2_050"), CLASSES, COLORS, seed=0).eval()
     model.save(tmp_path / "model")
