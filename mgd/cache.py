@@ -262,7 +262,7 @@ def _fill(
                     for kind, tensor in _targets(
                         network, image, recipe.cache, f"[teachers.{name}]", ids[index]
                     ).items():
-                        if kind in kinds[name] or (kind == "confidence" and "labels" in kinds[name]):
+                        if kind in kinds[name]:
                             tensors[f"{index}/{name}/{kind}"] = tensor.cpu().contiguous()
                 bar.update()
             write_shard(folder, number, manifest, tensors)
@@ -297,12 +297,9 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: st
         count += 1
     logits = logits / count
     fine = [-(-side // FINE_CELL) for side in size]
-    probabilities = logits.softmax(dim=1)
-    confidence = functional.interpolate(probabilities.amax(dim=1, keepdim=True), size=fine, mode="area")
-    probabilities = functional.interpolate(probabilities, size=fine, mode="area")
+    probabilities = functional.interpolate(logits.softmax(dim=1), size=fine, mode="area")
     found = {
         "labels": logits.argmax(dim=1)[0].to(torch.uint8),
-        "confidence": (confidence[0, 0] * 255).round().to(torch.uint8),
         "probabilities": (probabilities[0] * 255).round().to(torch.uint8),
         "logits": functional.interpolate(logits, size=coarse, mode="area")[0].half(),
         "features": (features / count)[0].half(),

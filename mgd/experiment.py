@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from mgd.data.loaders import Images, TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
 from mgd.data.targets import CachedTargets
-from mgd.files import write_json, write_text
+from mgd.files import append_line, keep_lines, write_json, write_text
 from mgd.inference import count_confusion, predict
 from mgd.metrics import Scores, scores
 from mgd.models.segmenter import build_segmenter, fingerprint
 from mgd.optim import total_steps
-from mgd.pictures import evenly
+from mgd.pictures import evenly, to_tensor
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
@@ -148,6 +147,9 @@ def _run(
             f"note: {folder}: {spent.skipped_steps} of {num_steps} steps were skipped; the result is void"
         )
     network = method.deployed()
+    if accelerator.is_main_process:  # before the evaluation: should it fail, stages/evaluate.py can do another
+        network.save(folder / "model")
+        write_text(folder / "model" / "recipe.toml", recipe.to_toml())
     result = evaluate(network, num_steps)
     track(accelerator, {"step": num_steps, "val_miou": result.miou})
     metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)
@@ -274,11 +276,8 @@ def _finish(
     """Write what a finished run leaves behind; metrics.json last, for it marks the run finished."""
     log = folder / "metrics.jsonl"
     last = {"step": metrics["steps"], "val_miou": metrics["miou"]}
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    rows = [line for line in lines if json.loads(line).keys() != last.keys() or json.loads(line)["step"] < last["step"]]
-    write_text(log, "\n".join([*rows, json.dumps(last)]) + "\n")
-    network.save(folder / "model")
-    write_text(folder / "model" / "recipe.toml", recipe.to_toml())
+    keep_lines(log, lambda row: row.keys() != last.keys() or row["step"] < last["step"])
+    append_line(log, last)
     plot_curves(log, folder / "curves.png")
     chosen = evenly(len(val), 4)
     pictures = predict_samples(network, val, chosen, recipe, device)
@@ -297,7 +296,7 @@ def predict_samples(
     found = []
     for index in indices:
         image, label = images.read(index, with_label=True)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(device)
+        pixels = to_tensor(image)[None].to(device)
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             prediction = predict(network.eval(), pixels, recipe.eval, recipe.data.crop)
         found.append((np.asarray(image), label, prediction[0].cpu().numpy()))

@@ -63,6 +63,21 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
         ) from error
 
 
+def keep_lines(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Rewrite a file of `append_line`, if there is one, with the rows that are wanted; a cut line is none."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and wanted(row):
+            kept.append(f"{line}\n")
+    write_text(path, "".join(kept))
+
+
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     """Read a JSON object that has all `keys`.
 

@@ -148,7 +148,10 @@ class Guard:
         )
 
     def _write(self, step: int, names: list[str], batch: Mapping[str, Any]) -> None:
-        """Write what reproduces the step: the batch as the method saw it, and the weights before it."""
+        """Write what reproduces the step: the batch as the method saw it, and the weights before it.
+
+        Running statistics, if there are any, have seen the batch.
+        """
         tensors = {key: value.detach().cpu().contiguous() for key, value in batch.items() if isinstance(value, Tensor)}
         ids = {key: [str(name) for name in value] for key, value in batch.items() if not isinstance(value, Tensor)}
         header = {"step": str(step), "terms": json.dumps(names), "ids": json.dumps(ids)}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line, some
 from mgd.metrics import confusion_matrix
 from mgd.sections import Eval
 
@@ -142,12 +142,23 @@ def count_confusion(
 
     Returns:
         `[K, K]` int64 confusion matrix on `device`.
+
+    Raises:
+        UserError: an image cannot be predicted.
     """
     total = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for items in loader:
         for _, group in itertools.groupby(items, key=lambda item: item[1].shape):
             names, images, labels = zip(*group, strict=True)
-            classes = predict(model, torch.stack(images).to(device), section, crop)
+            try:
+                classes = predict(model, torch.stack(images).to(device), section, crop)
+            except UserError:
+                raise
+            except (RuntimeError, AssertionError, ValueError) as error:
+                raise UserError(
+                    f"{some(names)} cannot be predicted: {one_line(error)}; try --set eval.batch_size=1, or evaluate "
+                    "the model by stages/evaluate.py with --set eval.mode=slide"
+                ) from error
             total += confusion_matrix(classes, torch.stack(labels).to(device), num_classes)
             for name, prediction in zip(names, classes.cpu(), strict=True) if keep else ():
                 keep(name, prediction)

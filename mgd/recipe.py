@@ -35,7 +35,7 @@ from mgd.tables import as_lists, as_tuples, override
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One validated recipe; a component is handed its own section, never the whole."""
+    """One validated recipe; losses, methods, data and models are handed their own sections, never the whole."""
 
     source: str
     overrides: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ class Cell:
     @property
     def row_name(self) -> str:
         """The label without its partition, so that one method's partitions stand in one row."""
-        return self.label.replace(f"_{str(self.recipe.partition.labeled).replace('/', '-')}", "")
+        name = re.escape(str(self.recipe.partition.labeled).replace("/", "-"))
+        return re.sub(rf"_{name}(?=_|$)", "", self.label)
 
     @property
     def num_labeled(self) -> int:
@@ -205,10 +207,12 @@ def tables(cells: Sequence[Cell]) -> dict[str, list[dict[str, str]]]:
         rows: dict[str, dict[str, str]] = {}
         best = {}
         for cell in members:
-            empty = {"run": cell.row_name, "method": cell.recipe.method.name, "backbone": cell.recipe.student.backbone}
-            row = rows.setdefault(cell.row_name, empty | dict.fromkeys(columns, ""))
+            taken = rows.get(cell.row_name, {}).get(cell.partition)
+            name = cell.label if taken else cell.row_name
+            empty = {"run": name, "method": cell.recipe.method.name, "backbone": cell.recipe.student.backbone}
+            row = rows.setdefault(name, empty | dict.fromkeys(columns, ""))
             row[cell.partition] = _value(cell)
-            best[cell.row_name] = max(best.get(cell.row_name, 0), cell.mean)
+            best[name] = max(best.get(name, 0), cell.mean)
         found[title] = sorted(rows.values(), key=lambda row: (row["backbone"], best[row["run"]]))
     return found
 

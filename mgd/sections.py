@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 from mgd.tables import labeled_amount
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 PUBLIC_SHARES = ("1/16", "1/8", "1/4", "1/2")
@@ -125,6 +124,8 @@ class Partition(Section):
     @model_validator(mode="after")
     def _fits_the_protocol(self) -> "Partition":
         lists = (self.labeled_list, self.unlabeled_list)
+        if self.balanced and self.protocol != "random":
+            raise ValueError(f'balanced is a way to draw; it does nothing with protocol = "{self.protocol}"')
         if self.protocol == "files":
             if None in lists or self.labeled is not None:
                 raise ValueError('protocol = "files" needs labeled_list and unlabeled_list, and no labeled')
@@ -229,7 +230,7 @@ class Eval(Section):
     stride: Annotated[float, Field(ge=0.05, le=1)] = 2 / 3
     """Step of the window as a share of its side."""
     batch_size: Annotated[int, Field(gt=0, le=4096)] = 8
-    """Images (or windows) predicted at once a process."""
+    """Images of one size predicted at once a process."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
     """Test-time scales; of several, and of flip, the mean of the class probabilities counts."""
     flip: bool = False

@@ -1,8 +1,6 @@
 """The training loop: the only one, for every method."""
 
 import contextlib
-import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from mgd.data.feed import Feed
 from mgd.data.loaders import TrainingPairs
 from mgd.data.stream import Pool
 from mgd.errors import Stopped, UserError
-from mgd.files import append_line, write_text
+from mgd.files import append_line, keep_lines
 from mgd.guard import Guard, StopSignals
 from mgd.methods.base import Method
 from mgd.optim import build_optimizer, poly_lr
@@ -225,12 +223,14 @@ class StepLog:
         self.bar = tqdm(total=num_steps, initial=start, desc=folder.name, unit="step", disable=silent, leave=False)
         open_tracker(recipe, accelerator, folder, start)
         self.last_step, self.last_time = start, time.perf_counter()
-        if self.writes and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= start]
-            if every and start % every == 0:
-                kept = [line for line in kept if _step_of(line) < start or "val_miou" not in line]
-            write_text(self.path, "".join(kept))
+        evaluates_again = every and start % every == 0
+        if self.writes:
+            keep_lines(
+                self.path,
+                lambda row: (
+                    row["step"] <= start and not (evaluates_again and row["step"] == start and "val_miou" in row)
+                ),
+            )
 
     def write(self, step: int, values: dict[str, torch.Tensor], lr: float) -> None:
         """Write one line, and move the progress bar."""
@@ -255,13 +255,6 @@ class StepLog:
         if self.writes:
             append_line(self.path, row)
             track(self.accelerator, row)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that was cut short is written again
 
 
 def share_buffers(networks: Iterable[nn.Module]) -> None:

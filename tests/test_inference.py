@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from mgd.inference import _starts, predict, predict_logits
+from mgd.errors import UserError
+from mgd.inference import _starts, count_confusion, predict, predict_logits
 from mgd.models.segmenter import SegOutput
 from mgd.sections import Eval
 
@@ -60,3 +61,14 @@ def test_scales_and_flip_average_probabilities():
     done = predict(Context(), image, Eval(scales=(1.0, 0.5), flip=True), 32)
     assert torch.equal(done, expected.argmax(1))
     assert torch.equal(predict(Context(), image, Eval(), 32), Context()(image).logits.argmax(1))
+
+
+def test_an_image_that_the_network_cannot_take_is_named():
+    class Picky(nn.Module):
+        def forward(self, image):
+            assert image.shape[-1] % 7 == 0, "width must be a multiple of 7"
+            return SegOutput(image.float(), None)
+
+    items = [[("a", torch.zeros(3, 4, 14), torch.zeros(4, 14).long()), ("b", torch.zeros(3, 4, 8), torch.zeros(4, 8))]]
+    with pytest.raises(UserError, match="^b cannot be predicted: width must be a multiple of 7.*; try --set eval"):
+        count_confusion(Picky(), items, 3, Eval(), 32, torch.device("cpu"))

@@ -257,3 +257,13 @@ def test_report_stage_and_best_beside_last(write_recipe, tmp_path, run_here):
         with PIL.Image.open(tmp_path / "out" / name) as picture:
             assert columns is None or picture.width == columns * 224 - 4
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_no_result_hides_another(fake_run, tmp_path):
+    fake_run("net_128_12", 0, 50.0, partition={"labeled": 12})
+    fake_run("net_128", 0, 60.0, partition={"labeled": 12})
+    fake_run("net_128_4", 0, 40.0)
+    (table, *more) = tables(collect([tmp_path / "runs"])[0]).values()
+    shown = [value for rows in (table, *more) for row in rows for value in row.values()]
+    assert {"40.00 (n=1)", "50.00 (n=1)", "60.00 (n=1)"} <= set(shown)
+    assert "net8" not in shown

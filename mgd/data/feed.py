@@ -1,6 +1,5 @@
 """What the training loop draws its batches from: a map-style pool, or a stream whose place it keeps."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 from mgd.data.loaders import StepSampler, TrainingPairs, start_worker, training_loader
 from mgd.data.stream import Place, Pool, StreamBatches
 from mgd.errors import UserError
-from mgd.files import append_line, write_text
+from mgd.files import append_line, keep_lines
 from mgd.sections import DataSection
 
 
@@ -90,9 +89,7 @@ class Feed:
 
     def _forget(self, start: int) -> None:
         """Drop what was listed after the resume point; those steps are done again."""
-        rows = [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines()]
-        kept = [row for row in rows if row["step"] <= start]
-        write_text(self.log, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        keep_lines(self.log, lambda row: row["step"] <= start)
 
     def state(self) -> dict | None:
         """Return what a resume point keeps of the stream, the same on all processes."""

@@ -4,8 +4,7 @@ A cache is a folder. `manifest.json` says of which images, by which teachers and
 in `shard-<i // IMAGES_PER_SHARD>.safetensors` as tensors named `i/teacher/kind`:
 
 labels      `[H, W]` uint8, the teacher's classes
-confidence  `[ceil(H / 4), ceil(W / 4)]` uint8, the mean probability of those classes times 255
-probabilities  `[K, ceil(H / 4), ceil(W / 4)]` uint8, of all classes, likewise
+probabilities  `[K, ceil(H / 4), ceil(W / 4)]` uint8, of all classes, means over cells times 255
 logits      `[K, ceil(H / cell), ceil(W / cell)]` float16, averaged over cells of the image
 features    `[C, ceil(H / cell), ceil(W / cell)]` float16, likewise: the decoder map before the classifier
 """
@@ -28,7 +27,7 @@ from mgd.data.transforms import View, cut_label
 from mgd.errors import UserError
 from mgd.files import write_aside
 
-FORMAT = 1
+FORMAT = 2
 IMAGES_PER_SHARD = 32
 FINE_CELL = 4
 LABELS = ("labels", "probabilities")

@@ -14,9 +14,10 @@ from mgd.sections import ModelSection, Section
 IGNORE_INDEX = 255
 
 Batch = Mapping[str, Tensor]
-"""Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]` int64; with an unlabelled set also
-`unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]` bool; with cached
-teachers what they saw in `image`, `unlabeled` and `mix`, as `image/TEACHER/KIND` (mgd/data/targets.py)."""
+"""Of tensors, and lists of ids that methods leave alone. Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]`
+int64; with an unlabelled set also `unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]`
+bool; with cached teachers what they saw in `image`, `unlabeled` and `mix`, as `image/TEACHER/KIND`
+(mgd/data/targets.py)."""
 
 
 class OHEM(Section):

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mgd.losses.cwd import channel_wise
-from mgd.methods.kd import LogitDistillation, LogitSection
+from mgd.methods.kd import LogitDistillation, LogitSection, Temperature
 from mgd.registry import METHODS
 
 
@@ -15,7 +15,7 @@ class CWDConfig(LogitSection):
     name: Literal["cwd"] = "cwd"
     weight: Annotated[float, Field(ge=0)] = 3.0
     """Weight of the distillation loss."""
-    temperature: Annotated[float, Field(gt=0)] = 4.0
+    temperature: Temperature = 4.0
     """Divides the logits of both."""
 
 

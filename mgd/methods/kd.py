@@ -12,6 +12,8 @@ from mgd.losses.kd import pixel_kl
 from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look
 from mgd.registry import METHODS
 
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+
 
 class LogitSection(MethodSection):
     """Keys that `kd` and `cwd` share."""
@@ -22,7 +24,7 @@ class LogitSection(MethodSection):
     """Images it is taken on; the unlabelled ones are CutMix-ed, teachers and student see the same."""
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the distillation loss."""
-    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits of both."""
 
 

@@ -51,7 +51,6 @@ class DeepLabV3PlusHead(nn.Module):
             self.decoder_block(width + low, width, norm), self.decoder_block(width, width, norm)
         )
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        self.features_channels = width
         initialize(self)
 
     def wide_block(self, inputs: int, outputs: int, norm: str, dilation: int) -> nn.Module:

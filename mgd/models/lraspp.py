@@ -44,7 +44,6 @@ class LRASPPHead(nn.Module):
         self.gate = nn.Conv2d(high_channels, config.channels, 1, bias=False)
         self.low_classifier = nn.Conv2d(low_channels, num_classes, 1)
         self.high_classifier = nn.Conv2d(config.channels, num_classes, 1)
-        self.features_channels = config.channels
         initialize(self)
 
     def forward(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Saved models: where one lies, and its `config.json`, read without its weights."""
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -93,9 +92,6 @@ def read_config(path: Path) -> dict:
         raise UserError(f"{path}: classes must be names and colors as many [r, g, b] of 0 to 255")
     if not 1 <= len(classes) <= 255:
         raise UserError(f"{path}: {len(classes)} classes; a mask holds 1 to 255")
-    if "image_scale" not in config and (path.parent / "recipe.toml").exists():  # as models were written before
-        data = tomllib.loads((path.parent / "recipe.toml").read_text(encoding="utf-8")).get("data", {})
-        config |= {key: data[key] for key in ("image_scale", "crop") if key in data}
     try:
         return config | _Input.model_validate(config).model_dump()
     except ValidationError as error:

@@ -46,3 +46,8 @@ def test_manifest_states_both_counts():
     manifest = split(section, IDS, [], seed=0).manifest(section, 0)
     assert (manifest["num_labeled"], manifest["num_unlabeled"]) == (25, 75)
     assert len(manifest["labeled"]) == 25 and manifest["labeled_wanted"] == "1/4"
+
+
+def test_a_balanced_choice_is_refused_where_lists_choose():
+    with pytest.raises(ValueError, match="balanced is a way to draw"):
+        Partition(protocol="cps", labeled="1/8", balanced=True)
