@@ -260,7 +260,16 @@ def device_name(device: torch.device) -> str:
     """Name of the GPU, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads, {platform.machine()}"
+    return f"cpu, {torch.get_num_threads()} threads, {_processor()}"
+
+
+def _processor() -> str:
+    try:
+        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        facts = []
+    models = (fact.partition(":")[2].strip() for fact in facts if fact.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 def versions() -> dict[str, str]:
