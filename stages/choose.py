@@ -41,8 +41,8 @@ def main() -> None:
     flags.add_argument(
         "--strategy",
         choices=list(MODELS),
-        default="coverage",
-        help="what the recipe would draw; what stands for the others (default); that, of what two models disagree on",
+        default="random",
+        help="what the recipe would draw (default); what stands for the others; that, of what two models disagree on",
     )
     flags.add_argument(
         "--model",

@@ -31,8 +31,9 @@ def lists(folder):
 def choose(capsys, tmp_path):
     """Run the stage; return exit status and both outputs."""
 
-    def run(recipe, output, budget, *args):
-        arguments = ("--recipe", recipe, "--output", tmp_path / output, "--budget", budget, *args)
+    def run(recipe, output, budget, *args, strategy="coverage"):
+        given = ("--strategy", strategy) if strategy else ()
+        arguments = ("--recipe", recipe, "--output", tmp_path / output, "--budget", budget, *given, *args)
         return call_stage(capsys, "choose.py", *arguments)
 
     return run
@@ -87,7 +88,7 @@ def paint(folder):
 
 def test_random_is_the_draw_of_the_recipe(write_recipe, choose, tmp_path):
     recipe = write_recipe()
-    status, out, error = choose(recipe, "third", "1/3", "--strategy", "random", "--set", "run.seed=3")
+    status, out, error = choose(recipe, "third", "1/3", "--set", "run.seed=3", strategy=None)
     assert status == 0, error
     drawn = split(Partition(labeled=4), TRAIN, [], seed=3)
     assert lists(tmp_path / "third") == [list(drawn.labeled), list(drawn.unlabeled)]
