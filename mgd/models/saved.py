@@ -1,12 +1,13 @@
 """Saved models: where one lies, and its `config.json`, read without its weights."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mgd.errors import UserError, did_you_mean
+from mgd.errors import UserError, did_you_mean, one_line
 from mgd.recipe import parse_model
 from mgd.sections import ModelSection
 
@@ -92,6 +93,13 @@ def read_config(path: Path) -> dict:
         raise UserError(f"{path}: classes must be names and colors as many [r, g, b] of 0 to 255")
     if not 1 <= len(classes) <= 255:
         raise UserError(f"{path}: {len(classes)} classes; a mask holds 1 to 255")
+    beside = path.parent / "recipe.toml"
+    if "image_scale" not in config and beside.exists():  # as models were written before
+        try:
+            data = tomllib.loads(beside.read_text(encoding="utf-8"))["data"]
+            config |= {key: data[key] for key in ("image_scale", "crop") if key in data}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{beside} cannot be read: {one_line(error)}") from error
     try:
         return config | _Input.model_validate(config).model_dump()
     except ValidationError as error:
