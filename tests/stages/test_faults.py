@@ -1,7 +1,6 @@
 """Runs that are killed, stopped or out of disk, as it happens to a user; then the same command again."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -43,7 +42,7 @@ def kill_at(process, folder, step, number, while_writing=False):
     while steps_done(folder) < step and process.poll() is None:
         time.sleep(0.002)
     while while_writing and process.poll() is None:
-        if any(name.startswith(".state") for name in os.listdir(folder / "checkpoint")):
+        if any(path.name.startswith(".state") for path in (folder / "checkpoint").glob(".*")):
             break
     process.send_signal(number)
     return process.wait(timeout=60)
