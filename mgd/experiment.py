@@ -21,7 +21,7 @@ from mgd.data.loaders import Images, TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
 from mgd.data.targets import CachedTargets
-from mgd.files import append_line, keep_lines, write_json, write_text
+from mgd.files import append_line, keep_lines, write_json
 from mgd.inference import count_confusion, predict
 from mgd.metrics import Scores, scores
 from mgd.models.segmenter import build_segmenter, fingerprint
@@ -30,7 +30,7 @@ from mgd.pictures import evenly, to_tensor
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
-from mgd.runs import best_so_far, device_name, hold, keep_best, open_folder, peak_memory_mb, versions
+from mgd.runs import best_so_far, device_name, hold, keep_best, open_folder, peak_memory_mb, save_model, versions
 from mgd.tracking import track, tracked
 from mgd.train import TrainingTime, train
 
@@ -148,8 +148,7 @@ def _run(
         )
     network = method.deployed()
     if accelerator.is_main_process:  # before the evaluation: should it fail, stages/evaluate.py can do another
-        network.save(folder / "model")
-        write_text(folder / "model" / "recipe.toml", recipe.to_toml())
+        save_model(folder / "model", network, recipe)
     result = evaluate(network, num_steps)
     track(accelerator, {"step": num_steps, "val_miou": result.miou})
     metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)

@@ -7,8 +7,10 @@ from mgd.recipe import Recipe
 from mgd.runs import shaping_keys
 
 # What a supervised run has in common with those that are measured against it, by the beginning of a key.
-_IN_COMMON = ("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem")
-_IN_COMMON += ("optim.steps", "optim.epochs", "optim.batch_size")
+_IN_COMMON = (
+    *("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem"),
+    *("optim.steps", "optim.epochs", "optim.batch_size"),
+)
 _NOT_SEEN = ("data.unlabeled", "data.root", "partition.root", "partition.seed")
 
 Run = tuple[Recipe, Mapping[str, Any]]

@@ -230,6 +230,12 @@ def _shaping(tables: Mapping) -> dict[str, Any]:
     return {key: value for key, value in flatten(tables).items() if key not in _FREE}
 
 
+def save_model(folder: Path, network: nn.Module, recipe: Recipe) -> None:
+    """Write a network, and the recipe that says how it predicts, into a folder."""
+    network.save(folder)
+    write_text(folder / "recipe.toml", recipe.to_toml())
+
+
 def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou: float) -> None:
     """Keep the weights of the highest val mIoU so far in `best/`, apart from `model/`, the last ones.
 
@@ -237,8 +243,7 @@ def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou:
     """
     there = best_so_far(folder)
     if there is None or miou > there["miou"]:
-        network.save(folder / "best")
-        write_text(folder / "best" / "recipe.toml", recipe.to_toml())
+        save_model(folder / "best", network, recipe)
         write_json(folder / "best" / "metrics.json", {"step": step, "miou": miou})
 
 

@@ -131,8 +131,8 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
             yield _recipe(size, share, network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
         recipes = _teachers(size, share, "_long")
         bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")} | {"pixel": PIXEL}
+        teachers = "".join(paper.teacher(*named) for named in recipes.items())
         for method, body in bodies.items():
-            teachers = "".join(paper.teacher(*named) for named in recipes.items())
             tail = "_long" if method == "mgd" else f"_long_{method}"
             yield _recipe(size, share, "lite0", tail, f"{UNDER_LONG[method]}, {LONG_TEACHERS}", teachers + body)
     recipes = _teachers(size, "1/16", "_long")

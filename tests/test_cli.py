@@ -3,16 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from conftest import ROOT
 
 ENDLESS = "from mgd import cli; cli.run(lambda: [print('gain ±', flush=True) for _ in range(10**6)])"
 
 
 def test_a_closed_pipe_and_an_ascii_terminal_give_no_traceback():
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
-    root = Path(__file__).resolve().parents[1]
     stage = [sys.executable, "-c", ENDLESS]
-    with subprocess.Popen(stage, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=root) as running:
+    with subprocess.Popen(stage, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env, cwd=ROOT) as running:
         assert running.stdout.readline() == b"gain ?\n"
         running.stdout.close()  # as `| head -1` does
         assert running.wait(timeout=60) == 128 + 13

@@ -27,6 +27,12 @@ def lists(folder):
     return [read_list(folder / f"{kind}.txt") for kind in KINDS]
 
 
+def on_lists(folder):
+    """Flags of a recipe that takes the lists of a choice."""
+    values = {"protocol": "files", **{f"{kind}_list": folder / f"{kind}.txt" for kind in KINDS}}
+    return [part for key, value in values.items() for part in ("--set", f"partition.{key}={value}")]
+
+
 @pytest.fixture
 def choose(capsys, tmp_path):
     """Run the stage; return exit status and both outputs."""
@@ -46,9 +52,7 @@ def train(capsys, tmp_path):
     def run(recipe, choice, *args):
         checks._load_splits.cache_clear()
         checks._check_images.cache_clear()
-        values = {"protocol": "files", **{f"{kind}_list": tmp_path / choice / f"{kind}.txt" for kind in KINDS}}
-        sets = [part for key, value in values.items() for part in ("--set", f"partition.{key}={value}")]
-        status, _, error = call_stage(capsys, "teacher_cps.py", "--recipe", recipe, *sets, *args)
+        status, _, error = call_stage(capsys, "teacher_cps.py", "--recipe", recipe, *on_lists(tmp_path / choice), *args)
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         return status, lines[-1].partition(" (")[0] if lines else ""
 
@@ -162,9 +166,7 @@ def test_a_second_choice_goes_on_from_the_lists_of_the_first(write_recipe, choos
     recipe = write_recipe()
     assert choose(recipe, "first", 3, "--strategy", "random")[0] == 0
     before = lists(tmp_path / "first")
-    own = {"protocol": "files", **{f"{kind}_list": tmp_path / "first" / f"{kind}.txt" for kind in KINDS}}
-    sets = [part for key, value in own.items() for part in ("--set", f"partition.{key}={value}")]
-    status, out, error = choose(recipe, "second", 4, "--strategy", strategy, *sets)
+    status, out, error = choose(recipe, "second", 4, *on_lists(tmp_path / "first"), strategy=strategy)
     assert status == 0, error
     labeled, unlabeled = lists(tmp_path / "second")
     chosen = (tmp_path / "second" / "selected.txt").read_text().split()
