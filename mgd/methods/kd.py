@@ -9,10 +9,8 @@ from torch import Tensor
 
 from mgd.data.cutmix import mix
 from mgd.losses.kd import pixel_kl
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, Temperature, check_names, check_used, look
 from mgd.registry import METHODS
-
-Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class LogitSection(MethodSection):
