@@ -112,7 +112,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         UserError: a source is no folder, or there is no finished run.
     """
     cells: dict[str, Cell] = {}
-    left_out = []
+    left_out, costs = [], {}
     for folder in _run_folders(sources):
         if not (folder / "metrics.json").exists():
             left_out.append(f"{folder}: not finished")
@@ -120,7 +120,9 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         try:
             recipe = load(folder / "recipe.toml")
             metrics = read_metrics(folder, recipe)
-            cost = model_costs(recipe.student, len(recipe.data.class_names()), recipe.data.crop)
+            num_classes, crop = len(recipe.data.class_names()), recipe.data.crop
+            counted = (recipe.student.model_dump_json(), num_classes, crop)  # many runs have the same network
+            cost = costs.get(counted) or costs.setdefault(counted, model_costs(recipe.student, num_classes, crop))
         except UserError as error:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
             continue
