@@ -259,11 +259,8 @@ def _fill(
             for index in shard:
                 image = next(decoded)[None].to(accelerator.device)
                 for name, network in networks.items():
-                    for kind, tensor in _targets(
-                        network, image, recipe.cache, f"[teachers.{name}]", ids[index]
-                    ).items():
-                        if kind in kinds[name]:
-                            tensors[f"{index}/{name}/{kind}"] = tensor.cpu().contiguous()
+                    seen = _targets(network, image, recipe.cache, kinds[name], f"[teachers.{name}]", ids[index])
+                    tensors |= {f"{index}/{name}/{kind}": tensor.cpu().contiguous() for kind, tensor in seen.items()}
                 bar.update()
             write_shard(folder, number, manifest, tensors)
     for network in networks.values():
@@ -273,8 +270,10 @@ def _fill(
     accelerator.wait_for_everyone()
 
 
-def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: str, name: str) -> dict[str, Tensor]:
-    """Predict one image `[1, 3, H, W]`; see mgd/data/targets.py for what is returned."""
+def _targets(
+    network: nn.Module, image: Tensor, section: TeacherCache, kinds: set[str], title: str, name: str
+) -> dict[str, Tensor]:
+    """Predict the `kinds` of one image `[1, 3, H, W]`; see mgd/data/targets.py for what they are."""
     size = image.shape[-2:]
     coarse = [-(-side // section.cell) for side in size]
     logits, features, count = 0.0, 0.0, 0
@@ -295,16 +294,18 @@ def _targets(network: nn.Module, image: Tensor, section: TeacherCache, title: st
         logits = logits + functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
         features = features + functional.interpolate(maps[1].float(), size=coarse, mode="area")
         count += 1
-    logits = logits / count
-    fine = [-(-side // FINE_CELL) for side in size]
-    probabilities = functional.interpolate(logits.softmax(dim=1), size=fine, mode="area")
-    found = {
-        "labels": logits.argmax(dim=1)[0].to(torch.uint8),
-        "probabilities": (probabilities[0] * 255).round().to(torch.uint8),
-        "logits": functional.interpolate(logits, size=coarse, mode="area")[0].half(),
-        "features": (features / count)[0].half(),
-    }
-    if not all(found[kind].isfinite().all() for kind in ("logits", "features")):
+    logits, found = logits / count, {}
+    if "labels" in kinds:
+        found["labels"] = logits.argmax(dim=1)[0].to(torch.uint8)
+    if "probabilities" in kinds:
+        fine = [-(-side // FINE_CELL) for side in size]
+        probabilities = functional.interpolate(logits.softmax(dim=1), size=fine, mode="area")
+        found["probabilities"] = (probabilities[0] * 255).round().to(torch.uint8)
+    if "logits" in kinds:
+        found["logits"] = functional.interpolate(logits, size=coarse, mode="area")[0].half()
+    if "features" in kinds:
+        found["features"] = (features / count)[0].half()
+    if not all(value.isfinite().all() for value in (logits, *found.values())):
         raise UserError(f"{title} predicts values for {name} that are no number, or too large; train it anew")
     return found
 

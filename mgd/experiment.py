@@ -23,6 +23,7 @@ from mgd.data.stream import Pool
 from mgd.data.targets import CachedTargets
 from mgd.files import append_line, keep_lines, write_json
 from mgd.inference import count_confusion, predict
+from mgd.methods.base import Method
 from mgd.metrics import Scores, scores
 from mgd.models.segmenter import build_segmenter, fingerprint
 from mgd.optim import total_steps
@@ -98,29 +99,14 @@ def _run(
 ) -> dict[str, Any]:
     """Do what `run_recipe` promises, with everything checked and the folder held."""
     folder = recipe.run_dir
-    method_class = METHODS.get(recipe.method.name)
     if accelerator.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(accelerator.device)  # its teachers may have been trained just before
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
             open_folder(recipe, partition, fingerprints, restart)
-    with accelerator.main_process_first():
-        networks = build_networks(recipe, splits)
-    targets = (
-        cached_targets(recipe, accelerator, teachers, training_images(recipe, splits, partition))
-        if recipe.cache
-        else None
-    )
-    online = {} if targets else teachers or {}
-    frozen = {name: teacher.to(accelerator.device) for name, teacher in online.items()}
-    method = method_class(recipe.method, networks, frozen)
-    method.weigh_classes(torch.tensor(partition.class_pixels))
-    if recipe.run.compile:
-        for network in [*networks, *frozen.values()]:
-            network.compile(dynamic=False)  # a crop and a batch are always of one size
-    pairs = training_pairs(recipe, splits, partition, targets)
-    pool = Pool(recipe.data.unlabeled) if partition.streamed and method_class.uses_unlabeled else None
+    method, pairs = _build(recipe, accelerator, teachers or {}, splits, partition)
+    pool = Pool(recipe.data.unlabeled) if partition.streamed and method.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)
     num_steps = total_steps(recipe.optim, len(partition.labeled), partition.num_unlabeled)
     accelerator.print(
@@ -157,6 +143,25 @@ def _run(
     accelerator.wait_for_everyone()
     accelerator.print(f"{folder}: mIoU {result.miou:.2f} on {len(val)} val images, {spent.seconds:.0f} s of training")
     return metrics
+
+
+def _build(
+    recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module], splits: Splits, partition: Split
+) -> tuple[Method, TrainingPairs]:
+    """Return the method with its networks, and the samples of the run with what cached teachers say of them."""
+    with accelerator.main_process_first():
+        networks = build_networks(recipe, splits)
+    targets = None
+    if recipe.cache:
+        images = training_images(recipe, splits, partition)
+        targets, teachers = cached_targets(recipe, accelerator, teachers, images), {}
+    frozen = {name: teacher.to(accelerator.device) for name, teacher in teachers.items()}
+    method = METHODS.get(recipe.method.name)(recipe.method, networks, frozen)
+    method.weigh_classes(torch.tensor(partition.class_pixels))
+    if recipe.run.compile:
+        for network in [*networks, *frozen.values()]:
+            network.compile(dynamic=False)  # a crop and a batch are always of one size
+    return method, training_pairs(recipe, splits, partition, targets)
 
 
 def _metrics(
