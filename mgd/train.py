@@ -160,7 +160,10 @@ class ResumePoint:
                     f"{recipe.command} --restart"
                 )
             self.reached |= found
-            accelerator.print(f"{folder.parent}: goes on at step {step}")
+            now = accelerator.mixed_precision
+            before = found.get("mixed_precision", now)
+            changed = f", with mixed_precision = {now!r}, until now with {before!r}" if before != now else ""
+            accelerator.print(f"{folder.parent}: goes on at step {step}{changed}")
         self.began = time.perf_counter()
 
     def seconds(self) -> float:
@@ -179,6 +182,7 @@ class ResumePoint:
         share_buffers(self.modules.values())
         if self.accelerator.is_main_process:
             progress |= {"seconds": self.seconds(), "recipe": self.recipe.to_dict()}
+            progress["mixed_precision"] = self.accelerator.mixed_precision
             save_checkpoint(self.folder, self.modules, self.optimizer, progress)
         self.accelerator.wait_for_everyone()
 

@@ -16,6 +16,7 @@ import tomli_w
 import torch
 import torch._dynamo
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT
 
 from mgd import checks
@@ -87,6 +88,17 @@ def test_a_checkpoint_of_another_recipe_is_not_resumed(write_recipe):
         (recipe.run_dir / name).unlink()
     with pytest.raises(UserError, match=r"checkpoint is of another recipe \(optim.lr 0.01 there, 0.02 here\)"):
         run_recipe(load(recipe.source, ["optim.lr=0.02"]), Accelerator())
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(write_recipe, capsys):
+    recipe = load(write_recipe())
+    run_recipe(recipe, Accelerator())
+    for precision, expected in {"bf16": "4, with mixed_precision = 'bf16', until now with 'no'\n", "no": "4\n"}.items():
+        (recipe.run_dir / "metrics.json").unlink()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        run_recipe(recipe, Accelerator(mixed_precision=precision))
+        assert f"goes on at step {expected}" in capsys.readouterr().out
 
 
 def test_images_that_change_under_an_unfinished_run(write_recipe):
