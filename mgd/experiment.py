@@ -105,6 +105,8 @@ def _run(
         if accelerator.is_main_process:
             fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
             open_folder(recipe, partition, fingerprints, restart)
+            if len(set(fingerprints.values())) < len(fingerprints):
+                print(f"note: {recipe.source}: two of its teachers are the same network, with the same weights")
     method, pairs = _build(recipe, accelerator, teachers or {}, splits, partition)
     pool = Pool(recipe.data.unlabeled) if partition.streamed and method.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)

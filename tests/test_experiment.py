@@ -265,6 +265,16 @@ def test_a_resumed_student_must_have_its_teachers(write_recipe):
     run_recipe(recipe, Accelerator(), {"deep": first})
 
 
+def test_two_teachers_that_are_one_are_announced(write_recipe, capsys):
+    terms = {"name": "mgd", "pixel": {"teachers": ["deep", "wide"]}}
+    recipe = load(write_recipe(method=terms, teachers={name: {"checkpoint": "x"} for name in ("deep", "wide")}))
+    classes = recipe.data.class_names()
+    first, other = (build_segmenter(recipe.student, classes, [(0, 0, 0)] * 7, seed) for seed in (0, 1))
+    for wide, announced in ((first, True), (other, False)):
+        run_recipe(recipe, Accelerator(), {"deep": first, "wide": wide}, restart=True)
+        assert ("two of its teachers are the same network" in capsys.readouterr().out) == announced
+
+
 def test_damaged_run_files_are_one_line(write_recipe):
     recipe = load(write_recipe())
     run_recipe(recipe, Accelerator())
