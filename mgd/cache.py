@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from mgd.data.loaders import Images, TrainingPairs, read_each
 from mgd.data.targets import (
+    FINE,
     FINE_CELL,
     FORMAT,
     IMAGES_PER_SHARD,
-    LABELS,
+    OF_LABELED,
     CachedTargets,
     digest,
     serves,
@@ -145,8 +146,8 @@ def compare(
                     value.float().cpu() for value in network(sample["unlabeled"][None].to(accelerator.device))
                 )
             found = {kind: sample[f"unlabeled/{name}/{kind}"][None] for kind in kinds}
-            if "probabilities" in found:
-                classes = enlarge(found["probabilities"], logits.shape[2:]).argmax(dim=1)
+            for kind in found.keys() & {*FINE}:
+                classes = enlarge(found[kind], logits.shape[2:]).argmax(dim=1)
                 found["labels"] = classes.where(sample[f"unlabeled/{name}/shown"], IGNORE_INDEX)
             if "labels" in found:
                 counted = found["labels"] != IGNORE_INDEX
@@ -161,7 +162,7 @@ def compare(
         rows.append(
             {
                 "teacher": name,
-                "same class %": sums["same"] / count if {*LABELS} & {*kinds} else None,
+                "same class %": sums["same"] / count if {*OF_LABELED} & {*kinds} else None,
                 "pooled logits off by": sums["logits"] / count if "logits" in kinds else None,
                 "of a mean size of": sums["size"] / count if "logits" in kinds else None,
                 "cosines off by": sums["cosine"] / count if "features" in kinds else None,
@@ -297,8 +298,12 @@ def _targets(
     logits, found = logits / count, {}
     if "labels" in kinds:
         found["labels"] = logits.argmax(dim=1)[0].to(torch.uint8)
+    fine = [-(-side // FINE_CELL) for side in size]
+    if "fine_logits" in kinds:
+        # In the middle of each cell, which is where a head of stride 4 gave them; means would smooth them once more.
+        middle = functional.interpolate(logits, size=fine, mode="bilinear", align_corners=False)
+        found["fine_logits"] = middle[0].half()
     if "probabilities" in kinds:
-        fine = [-(-side // FINE_CELL) for side in size]
         probabilities = functional.interpolate(logits.softmax(dim=1), size=fine, mode="area")
         found["probabilities"] = (probabilities[0] * 255).round().to(torch.uint8)
     if "logits" in kinds:

@@ -5,6 +5,7 @@ in `shard-<i // IMAGES_PER_SHARD>.safetensors` as tensors named `i/teacher/kind`
 
 labels      `[H, W]` uint8, the teacher's classes
 probabilities  `[K, ceil(H / 4), ceil(W / 4)]` uint8, of all classes, means over cells times 255
+fine_logits `[K, ceil(H / 4), ceil(W / 4)]` float16, in the middle of each cell
 logits      `[K, ceil(H / cell), ceil(W / cell)]` float16, averaged over cells of the image
 features    `[C, ceil(H / cell), ceil(W / cell)]` float16, likewise: the decoder map before the classifier
 """
@@ -30,7 +31,9 @@ from mgd.files import write_aside
 FORMAT = 2
 IMAGES_PER_SHARD = 32
 FINE_CELL = 4
-LABELS = ("labels", "probabilities")
+FINE = ("probabilities", "fine_logits")
+OF_LABELED = ("labels", *FINE)
+"""Kinds that losses on labelled images need, too."""
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -89,9 +92,7 @@ class CachedTargets:
         files = {shard_path(self.folder, index // IMAGES_PER_SHARD) for index in self.places.values()}
         return sum(file.stat().st_size for file in files) / len(self.places)
 
-    def cut(
-        self, name: str, size: tuple[int, int], view: View, crop: int, labels_only: bool = False
-    ) -> dict[str, Tensor]:
+    def cut(self, name: str, size: tuple[int, int], view: View, crop: int, labeled: bool = False) -> dict[str, Tensor]:
         """Return what the teachers saw in a crop.
 
         Args:
@@ -99,13 +100,13 @@ class CachedTargets:
             size: width and height of the image, pixels.
             view: what the crop shows of it.
             crop: side of the crop, pixels.
-            labels_only: leave out logits and features.
+            labeled: leave out logits and features, which belong to losses on unlabelled images.
 
         Returns:
-            By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; probabilities `[K, p, p]` float32, p =
-            ceil(crop / 4), with `shown` `[crop, crop]` bool, False in padding; logits and features `[C, g, g]` float32,
-            g = ceil(crop / cell). The last three are means over what a part of the crop shows; in padding, of the
-            nearest cell.
+            By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; probabilities and fine_logits `[K, p, p]`
+            float32, p = ceil(crop / 4), with `shown` `[crop, crop]` bool, False in padding; logits and features
+            `[C, g, g]` float32, g = ceil(crop / cell). All but labels are means over what a part of the crop shows; in
+            padding, of the nearest cell.
 
         Raises:
             UserError: the cache lacks the image, has it in another size, or is damaged.
@@ -117,9 +118,9 @@ class CachedTargets:
         found = {}
         try:
             for teacher, kinds in self.kinds.items():
-                for kind in [kind for kind in kinds if kind in LABELS or not labels_only]:
+                for kind in [kind for kind in kinds if kind in OF_LABELED or not labeled]:
                     stored = self._read(path, f"{index}/{teacher}/{kind}")
-                    cell = {"labels": 1, "probabilities": FINE_CELL}.get(kind, self.cell)
+                    cell = 1 if kind == "labels" else FINE_CELL if kind in FINE else self.cell
                     if tuple(stored.shape[-2:]) != (-(-size[1] // cell), -(-size[0] // cell)):
                         raise UserError(
                             f"{path}: {name} is not of {size[0]}x{size[1]} pixels there; the image has changed: "
@@ -131,6 +132,7 @@ class CachedTargets:
                     cells = cut_cells(stored, size, view, crop, -(-crop // cell))
                     if kind == "probabilities":
                         cells = cells / cells.sum(dim=0)  # many classes of 8 bits do not sum to 1
+                    if kind in FINE:
                         found[f"{teacher}/shown"] = shown(view, crop)
                     found[f"{teacher}/{kind}"] = cells
         except (OSError, SafetensorError, KeyError) as error:

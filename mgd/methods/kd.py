@@ -1,11 +1,12 @@
 """KD: the student imitates the teachers' logits pixel by pixel; and what it shares with CWD."""
 
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from mgd.data.cutmix import mix
 from mgd.losses.kd import pixel_kl
@@ -26,11 +27,20 @@ class LogitSection(MethodSection):
     """Divides the logits of both."""
 
 
+class Said(NamedTuple):
+    """What a teacher says of a batch of images."""
+
+    logits: Tensor
+    """`[B, K, H, W]`."""
+    shown: Tensor | None
+    """`[B, H, W]` bool, where it saw them; None is everywhere."""
+
+
 class LogitDistillation(Method):
     """Supervised cross-entropy plus a loss between the logits of student and teachers."""
 
     needs_teachers = True
-    loss: ClassVar[Callable[[Tensor, Tensor, float], Tensor]]
+    loss: ClassVar[Callable[[Tensor, Tensor, float, Tensor | None], Tensor]]
 
     @classmethod
     def check(cls, config: LogitSection, teachers: tuple[str, ...]) -> None:
@@ -39,6 +49,15 @@ class LogitDistillation(Method):
         check_names("distill_from", config.distill_from, teachers)
         check_used(config.distill_from, teachers, "distill_from")
 
+    @classmethod
+    def check_cached(cls, config: LogitSection, crop: int, cell: int) -> None:
+        """Cached teachers will do: their logits are kept finely enough, and mixed like the images."""
+
+    @classmethod
+    def cached_kinds(cls, config: LogitSection) -> dict[str, tuple[str, ...]]:
+        """Of each teacher the logits."""
+        return dict.fromkeys(config.distill_from, ("fine_logits",))
+
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the loss of the labelled and the CutMix-ed unlabelled images."""
         config = self.config
@@ -46,12 +65,32 @@ class LogitDistillation(Method):
         logits = self.networks[0](torch.cat(list(views.values()))).logits.chunk(2)
         student = dict(zip(views, logits, strict=True))
         log = {"loss_supervised": self.labeled_loss(student["labeled"], batch["label"])}
-        seen = [look(self.teachers[name], views, config.on) for name in config.distill_from]
+        seen = [self._online(name, views) if self.teachers else _cached(batch, name) for name in config.distill_from]
         for view in config.on:
-            losses = [type(self).loss(student[view], outputs[view].logits, config.temperature) for outputs in seen]
+            losses = [
+                type(self).loss(student[view], said[view].logits, config.temperature, said[view].shown) for said in seen
+            ]
             log[f"loss_{config.name}_{view}"] = sum(losses) / len(losses)
         distilled = sum(value for key, value in log.items() if key != "loss_supervised")
         return StepOutput(log["loss_supervised"] + config.weight * distilled, log)
+
+    def _online(self, name: str, views: Mapping[str, Tensor]) -> dict[str, Said]:
+        outputs = look(self.teachers[name], views, self.config.on)
+        return {view: Said(output.logits, None) for view, output in outputs.items()}
+
+
+def _cached(batch: Batch, name: str) -> dict[str, Said]:
+    """Put together what was cached of a teacher's view of the images; padding it has not seen."""
+    mask = batch["mask"]
+    first, second, labeled = (
+        Said(
+            functional.interpolate(batch[f"{key}/{name}/fine_logits"], size=mask.shape[-2:], mode="bilinear"),
+            batch[f"{key}/{name}/shown"],
+        )
+        for key in ("unlabeled", "mix", "image")
+    )
+    mixed = Said(mix(first.logits, second.logits, mask), mix(first.shown, second.shown, mask))
+    return {"labeled": labeled, "unlabeled": mixed}
 
 
 class KDConfig(LogitSection):

@@ -80,7 +80,7 @@ def test_what_is_shown_is_no_padding_and_probabilities_sum_to_one(tmp_path):
     parts = set()
     for seed in range(20):
         view = draw_view(*SIZE, CROP, (0.4, 1.0, 2.0), True, np.random.default_rng(seed))
-        found = targets.cut("b", SIZE, view, CROP, labels_only=True)
+        found = targets.cut("b", SIZE, view, CROP, labeled=True)
         label = augment(PIL.Image.new("RGB", SIZE), np.zeros(SIZE[::-1], np.uint8), CROP, view)[1]
         assert torch.equal(found["t/shown"], label != 255)
         assert torch.allclose(found["t/probabilities"].sum(0), torch.ones(12, 12), atol=1e-5)
@@ -88,9 +88,12 @@ def test_what_is_shown_is_no_padding_and_probabilities_sum_to_one(tmp_path):
     assert parts == {True, False}
 
 
-@pytest.mark.parametrize("kind, shape", [("labels", (60, 40)), ("probabilities", (3, 15, 10)), ("logits", (3, 4, 3))])
+@pytest.mark.parametrize(
+    "kind, shape",
+    [("labels", (60, 40)), ("probabilities", (3, 15, 10)), ("logits", (3, 4, 3)), ("fine_logits", (3, 15, 10))],
+)
 def test_predictions_for_an_image_of_another_size_are_named(tmp_path, kind, shape):
-    stored = torch.ones(shape, dtype=torch.half if kind == "logits" else torch.uint8)
+    stored = torch.ones(shape, dtype=torch.half if "logits" in kind else torch.uint8)
     write_shard(tmp_path, 0, MANIFEST, {f"0/t/{kind}": stored})
     targets = CachedTargets(tmp_path, MANIFEST, {"t": (kind,)}, "mend")
     view = View((0, 0, 40, 40), (48, 48), (0, 0), False)

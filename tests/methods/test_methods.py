@@ -220,6 +220,26 @@ def test_kd_and_cwd_average_the_teachers_on_what_the_recipe_says(batch, method, 
         method.check(section, ("deep", "wide", "other"))
 
 
+@pytest.mark.parametrize(("method", "config", "loss"), [(KD, KDConfig, pixel_kl), (CWD, CWDConfig, channel_wise)])
+def test_kd_and_cwd_mix_what_was_cached_and_leave_out_its_padding(batch, method, config, loss):
+    student, size = Toy(0), batch["mask"].shape[-2:]
+    seen, shown = {}, {}
+    for index, key in enumerate(("image", "unlabeled", "mix")):
+        generator = torch.Generator().manual_seed(index)
+        seen[key] = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64)
+        shown[key] = torch.rand(2, *size, generator=generator) < 0.7
+    cached = {f"{key}/deep/fine_logits": value for key, value in seen.items()}
+    cached |= {f"{key}/deep/shown": value for key, value in shown.items()}
+    out = method(config(distill_from=("deep",), weight=2.0), [student]).step(batch | cached, 0)
+    temperature = config(distill_from=("deep",)).temperature
+    expected = functional.cross_entropy(student(batch["image"]).logits, batch["label"], ignore_index=255)
+    image, mixed = _mixed(batch, batch["unlabeled"], batch["mix"]), _mixed(batch, seen["unlabeled"], seen["mix"])
+    inside = torch.where(batch["mask"][:, 0], shown["mix"], shown["unlabeled"])
+    for pixels, logits, where in ((batch["image"], seen["image"], shown["image"]), (image, mixed, inside)):
+        expected = expected + 2.0 * loss(student(pixels).logits, logits, temperature, where)
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_mean_teacher_step_and_average(batch):
     student = Toy(0)
     method = MeanTeacher(MeanTeacherConfig(weight=7.0, decay=0.9), [student])
