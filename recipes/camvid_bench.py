@@ -30,15 +30,12 @@ UNDER_LONG = {
     "kd": "the student by pixel-wise distillation from both teachers",
     "cwd": "the student by channel-wise distillation from both teachers",
     "pixel": "the student by the pixel term alone, rare classes weighted",
-    "channel": "the student by the pixel term, rare classes weighted, and channel-wise distillation",
 }
 # L_P alone, in which rare classes count as much more as in the supervised loss.
 PIXEL = (
     f'[method]\nname = "mgd"\n\n[method.pixel]\nteachers = {paper.BOTH}\non = ["labeled", "unlabeled"]\n'
     f"class_balance = {CLASS_BALANCE}  # rare classes count more in the teachers' labels, too\n"
 )
-# Beside it the loss of CWD, at its weights.
-CHANNEL = f"\n[method.channel]\nteachers = {paper.BOTH}\nweight = 3.0\ntemperature = 4.0\n"
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
 # student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 56 % of
 # the operations that CPS takes; online: steps of one run for all three networks, which has as
@@ -133,8 +130,7 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
             note = "a teacher, on the labelled images alone and three times as long as by CPS"
             yield _recipe(size, share, network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
         recipes = _teachers(size, share, "_long")
-        bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")}
-        bodies |= {"pixel": PIXEL, "channel": PIXEL + CHANNEL}
+        bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")} | {"pixel": PIXEL}
         teachers = "".join(paper.teacher(*named) for named in recipes.items())
         for method, body in bodies.items():
             tail = "_long" if method == "mgd" else f"_long_{method}"

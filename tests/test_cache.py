@@ -288,8 +288,6 @@ def test_what_cannot_be_cached_is_said_at_once(cached, tmp_path, write_recipe):
         cached("cache.cell=16")
     with pytest.raises(UserError, match=r"set \[method\] remix = .predictions"):
         cached("method.remix=images")
-    with pytest.raises(UserError, match="channel.teachers compares whole maps of logits, which are not cached"):
-        cached('method.channel.teachers=["a"]')
     with pytest.raises(UserError, match="folder = 'tiny' is the folder of the run"):
         made(cached("cache.folder=tiny"))
     stream = {"parquet": str(tmp_path), "streaming": True}

@@ -66,7 +66,7 @@ def sane(recipe):
     for name in ("weight", "temperature", "decay"):
         assert 0 <= getattr(recipe.method, name, 0) < math.inf
     teachers = set(getattr(recipe.method, "teachers", recipe.teachers))
-    for term in ("pixel", "image", "region", "channel"):
+    for term in ("pixel", "image", "region"):
         if section := getattr(recipe.method, term, None):
             assert 0 <= section.weight < math.inf and set(section.teachers) <= teachers
     assert not recipe.reference or 0 <= recipe.reference.miou <= 100

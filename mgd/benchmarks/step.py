@@ -53,12 +53,10 @@ def suite(
         last precision, ours alone, also the seconds of its parts and the TFLOP/s of the whole.
 
     Raises:
-        UserError: the recipe's method is another, or has a term that the reference lacks.
+        UserError: the recipe's method is another.
     """
     if not isinstance(recipe.method, MGDConfig):
         raise UserError(f"{recipe.source}: the step suite needs [method] name = 'mgd', not {recipe.method.name!r}")
-    if recipe.method.channel.teachers:
-        raise UserError(f"{recipe.source}: the step suite knows the paper's terms; --set method.channel.teachers=[]")
     num_classes = len(recipe.data.class_names())
     student = _network(recipe.student, num_classes, 0, device)
     frozen = {

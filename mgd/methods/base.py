@@ -13,9 +13,6 @@ from mgd.sections import ModelSection, Section
 
 IGNORE_INDEX = 255
 
-Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
-"""Divides logits."""
-
 Batch = Mapping[str, Tensor]
 """Of tensors, and lists of ids that methods leave alone. Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]`
 int64; with an unlabelled set also `unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]`

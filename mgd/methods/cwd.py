@@ -5,8 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mgd.losses.cwd import channel_wise
-from mgd.methods.base import Temperature
-from mgd.methods.kd import LogitDistillation, LogitSection
+from mgd.methods.kd import LogitDistillation, LogitSection, Temperature
 from mgd.registry import METHODS
 
 

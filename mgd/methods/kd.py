@@ -10,8 +10,10 @@ from torch.nn import functional
 
 from mgd.data.cutmix import mix
 from mgd.losses.kd import pixel_kl
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, Temperature, check_names, check_used, look
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look
 from mgd.registry import METHODS
+
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class LogitSection(MethodSection):

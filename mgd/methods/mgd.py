@@ -13,14 +13,12 @@ from mgd.data.cutmix import mix
 from mgd.errors import UserError
 from mgd.losses import mgd as losses
 from mgd.losses import supervised
-from mgd.losses.cwd import channel_wise
 from mgd.methods.base import (
     IGNORE_INDEX,
     Batch,
     Method,
     MethodSection,
     StepOutput,
-    Temperature,
     balance_processes,
     check_names,
     check_used,
@@ -71,26 +69,12 @@ class RegionTerm(Section):
     """Regions a side."""
 
 
-class ChannelTerm(Section):
-    """`[method.channel]`: not of the paper; channel-wise distances to the teachers' logits, the loss of `cwd`."""
-
-    teachers: tuple[str, ...] = ()
-    """Names of teachers; empty switches the term off. The losses of several are averaged."""
-    weight: Weight = 3.0
-    """Weight of the term."""
-    on: Annotated[tuple[Literal["labeled", "unlabeled"], ...], Field(min_length=1)] = ("labeled", "unlabeled")
-    """Images it is taken on."""
-    temperature: Temperature = 4.0
-    """Divides the logits of both."""
-
-
 class TermsSection(MethodSection):
-    """Keys that `mgd` and `mgd_online` share: the paper's three terms and one more."""
+    """Keys that `mgd` and `mgd_online` share: the three terms."""
 
     pixel: PixelTerm = PixelTerm()
     image: ImageTerm = ImageTerm()
     region: RegionTerm = RegionTerm()
-    channel: ChannelTerm = ChannelTerm()
 
 
 class Seen(NamedTuple):
@@ -102,21 +86,13 @@ class Seen(NamedTuple):
     """The same for the mixed images: those of the two images, mixed like them. Of cached teachers classes are 255 in
     padding, and probabilities 0."""
     logits: Tensor | None = None
-    """`[B, K, H, W]` of the mixed images; for the image level alone means over equal parts of them do."""
+    """`[B, K, g, g]` of the mixed images, means over equal parts of them (or `[B, K, H, W]`, before any mean)."""
     features: Tensor | None = None
     """`[B, C, g, g]`, likewise."""
-    labeled_logits: Tensor | None = None
-    """`[B, K, H, W]` of the labelled images."""
-
-
-TERMS = ("pixel", "image", "region", "channel")
 
 
 class MultiGranularity(Method):
-    """What the student learns from its teachers, eq. 7: L_Sup + L_P^l + L_P^u + lambda1 L_I + lambda2 L_R.
-
-    `[method.channel]` adds channel-wise distillation to it.
-    """
+    """What the student learns from its teachers, eq. 7: L_Sup + L_P^l + L_P^u + lambda1 L_I + lambda2 L_R."""
 
     pixel_weights: Tensor | None = None
     """`[K]`, of L_P; see `weigh_classes`."""
@@ -131,7 +107,7 @@ class MultiGranularity(Method):
     def check_terms(cls, config: TermsSection, teachers: tuple[str, ...]) -> set[str]:
         """Check that every term names teachers that exist; return the names of all that are used."""
         used: set[str] = set()
-        for term in TERMS:
+        for term in ("pixel", "image", "region"):
             names = getattr(config, term).teachers
             check_names(f"{term}.teachers", names, teachers)
             used |= set(names)
@@ -174,13 +150,6 @@ class MultiGranularity(Method):
                 for name in config.region.teachers
             )
             loss = loss + config.region.weight * log["loss_region"]
-        if names := config.channel.teachers:
-            for where, logits, said in (("labeled", labeled, "labeled_logits"), ("unlabeled", mixed, "logits")):
-                if where in config.channel.on:
-                    log[f"loss_channel_{where}"] = sum(
-                        channel_wise(logits, getattr(seen[name], said), config.channel.temperature) for name in names
-                    ) / len(names)
-                    loss = loss + config.channel.weight * log[f"loss_channel_{where}"]
         return StepOutput(loss, log)
 
 
@@ -189,9 +158,9 @@ class MGDConfig(TermsSection):
 
     name: Literal["mgd"] = "mgd"
     remix: Literal["images", "predictions"] = "images"
-    """What L_I, L_R and the channel term see of the teachers: the mixed image, in a pass of its own; or the
-    mixture of their predictions and features for the two images, which saves a quarter of their work (and is
-    all that cached teachers can do)."""
+    """What L_I and L_R see of the teachers: the mixed image, in a pass of its own; or the mixture of
+    their predictions and features for the two images, which saves a quarter of their work (and is all
+    that cached teachers can do)."""
 
 
 @METHODS.register("mgd")
@@ -205,15 +174,11 @@ class MGD(MultiGranularity):
     def check(cls, config: MGDConfig, teachers: tuple[str, ...]) -> None:
         """Check that every term names teachers that exist, and that every teacher is used."""
         super().check(config, teachers)
-        check_used(cls.check_terms(config, teachers), teachers, f"the teachers of {', '.join(TERMS)}")
+        check_used(cls.check_terms(config, teachers), teachers, "pixel.teachers, image.teachers or region.teachers")
 
     @classmethod
     def check_cached(cls, config: MGDConfig, crop: int, cell: int) -> None:
         """Check that nothing is asked of cached teachers that they do not know."""
-        if config.channel.teachers:
-            raise UserError(
-                'channel.teachers compares whole maps of logits, which are not cached; set [teachers] mode = "online"'
-            )
         if config.remix == "images" and (config.image.teachers or config.region.teachers):
             raise UserError(
                 'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '
@@ -261,25 +226,20 @@ class MGD(MultiGranularity):
                 said = {view: outputs[view].logits.softmax(dim=1) for view in asked}
             else:
                 said = {view: outputs[view].logits.argmax(dim=1) for view in asked}
-            labeled, labeled_logits = said.get("labeled"), None
+            labeled = said.get("labeled")
             unlabeled = mix(said["first"], said["second"], mask) if "first" in said else None
             logits = features = None
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
             if name in config.region.teachers:
                 features = losses.pool_regions(_mixed(outputs, "features", mask), config.region.grid)
-            if name in config.channel.teachers and "labeled" in config.channel.on:
-                labeled_logits = outputs["labeled"].logits
-            if name in config.channel.teachers and "unlabeled" in config.channel.on:
-                logits = _mixed(outputs, "logits", mask)
-        return Seen(labeled, unlabeled, logits, features, labeled_logits)
+        return Seen(labeled, unlabeled, logits, features)
 
     def _wanted(self, name: str) -> list[str]:
         """The views of a step on which a teacher's terms need it."""
         config, wanted = self.config, []
-        compared = config.channel.on if name in config.channel.teachers else ()
-        on_mixed = name in config.image.teachers or name in config.region.teachers or "unlabeled" in compared
-        if (name in config.pixel.teachers and "labeled" in config.pixel.on) or "labeled" in compared:
+        on_mixed = name in config.image.teachers or name in config.region.teachers
+        if name in config.pixel.teachers and "labeled" in config.pixel.on:
             wanted.append("labeled")
         if (name in config.pixel.teachers and "unlabeled" in config.pixel.on) or (
             on_mixed and config.remix == "predictions"

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from mgd.benchmarks.step import training_gmacs
 from mgd.errors import UserError
-from mgd.methods.mgd import ChannelTerm, ImageTerm, PixelTerm, RegionTerm
+from mgd.methods.mgd import ImageTerm, PixelTerm, RegionTerm
 from mgd.methods.mgd_online import MGDOnline, MGDOnlineConfig
 from mgd.recipe import load
 from mgd.schema import json_schema
@@ -20,7 +20,6 @@ TERMS = {
     "pixel": PixelTerm(teachers=("deep", "wide"), weight=0.7),
     "image": ImageTerm(teachers=("deep",), weight=0.02),
     "region": RegionTerm(teachers=("wide",), weight=30.0, grid=3),
-    "channel": ChannelTerm(teachers=("deep", "wide"), weight=2.0, temperature=3.0),
 }
 
 
@@ -49,10 +48,6 @@ def restated(student, teachers, batch, cps_weight):
     for name in ("deep", "wide"):
         loss = loss + 0.7 * functional.cross_entropy(labeled, outputs[name].logits[:2].argmax(1))
         loss = loss + 0.7 * functional.cross_entropy(mixed, pseudo[name])
-    for name in ("deep", "wide"):
-        seen, said = student(views).logits.flatten(2) / 3, outputs[name].logits.detach().flatten(2) / 3
-        divergences = (said.softmax(2) * (said.log_softmax(2) - seen.log_softmax(2))).sum(2).mean(1)
-        loss = loss + 2.0 * 9.0 / 2 * sum(part.mean() for part in divergences.split(2))
     pooled = mixed.mean((2, 3)) - outputs["deep"].logits[2:].mean((2, 3)).detach()
 
     def correlation(features):
@@ -74,7 +69,6 @@ def test_a_step_is_the_students_mgd_and_the_teachers_cps(batch, names):
     assert out.loss.item() == pytest.approx((of_student + of_teachers).item(), rel=1e-10)
     assert set(out.log) == {
         *("loss_supervised", "loss_pixel_labeled", "loss_pixel_unlabeled", "loss_image", "loss_region"),
-        *("loss_channel_labeled", "loss_channel_unlabeled"),
         *("loss_teachers_supervised", "loss_teachers_cps"),
     }
     out.loss.backward()
@@ -125,8 +119,8 @@ def test_one_clear_line_a_mistake_in_the_teachers(write_recipe, change, expected
 
 
 def test_a_student_that_nothing_teaches_is_refused(write_recipe):
-    empty = [f"method.{term}.teachers=[]" for term in ("pixel", "image", "region", "channel")]
-    with pytest.raises(UserError, match="the student learns from no teacher; name some as the teachers of pixel"):
+    empty = [f"method.{term}.teachers=[]" for term in ("pixel", "image", "region")]
+    with pytest.raises(UserError, match="the student learns from no teacher; name some in pixel.teachers"):
         load(write_recipe(method=ONLINE), empty)
 
 
