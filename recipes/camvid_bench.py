@@ -139,6 +139,10 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
     for ablation, row in paper.ABLATIONS.items():
         note = f"MGD changed as in Table {row[-1]} of the paper, {LONG_TEACHERS}"
         yield _recipe(size, "1/16", "lite0", f"_long_{ablation}", note, paper.ablated(row, recipes, values))
+    for key, recipe in recipes.items():
+        body = paper.METHOD["cwd"].replace(paper.BOTH, f'["{key}"]')
+        note = f"the student by channel-wise distillation from one teacher, {LONG_TEACHERS}"
+        yield _recipe(size, "1/16", "lite0", f"_long_cwd_{key}", note, paper.teacher(key, recipe) + body)
 
 
 def _online(size: str) -> tuple[str, str]:
