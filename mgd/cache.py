@@ -295,12 +295,26 @@ def _targets(
         logits = logits + functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
         features = features + functional.interpolate(maps[1].float(), size=coarse, mode="area")
         count += 1
-    logits, found = logits / count, {}
+    logits = logits / count
+    found = _kept(kinds, logits, features / count, coarse)
+    if not all(value.isfinite().all() for value in (logits, *found.values())):
+        raise UserError(f"{title} predicts values for {name} that are no number, or too large; train it anew")
+    return found
+
+
+def _kept(kinds: set[str], logits: Tensor, features: Tensor, coarse: list[int]) -> dict[str, Tensor]:
+    """Lay down what a teacher predicted for an image.
+
+    Args:
+        kinds: what is wanted.
+        logits: `[1, K, H, W]`.
+        features: `[1, C, h, w]`, averaged over cells.
+        coarse: h and w.
+    """
+    fine, found = [-(-side // FINE_CELL) for side in logits.shape[-2:]], {}
     if "labels" in kinds:
         found["labels"] = logits.argmax(dim=1)[0].to(torch.uint8)
-    fine = [-(-side // FINE_CELL) for side in size]
-    if "fine_logits" in kinds:
-        # In the middle of each cell, which is where a head of stride 4 gave them; means would smooth them once more.
+    if "fine_logits" in kinds:  # in the middle of each cell: a head of stride 4 is smoothed half as much as by means
         middle = functional.interpolate(logits, size=fine, mode="bilinear", align_corners=False)
         found["fine_logits"] = middle[0].half()
     if "probabilities" in kinds:
@@ -309,9 +323,7 @@ def _targets(
     if "logits" in kinds:
         found["logits"] = functional.interpolate(logits, size=coarse, mode="area")[0].half()
     if "features" in kinds:
-        found["features"] = (features / count)[0].half()
-    if not all(value.isfinite().all() for value in (logits, *found.values())):
-        raise UserError(f"{title} predicts values for {name} that are no number, or too large; train it anew")
+        found["features"] = features[0].half()
     return found
 
 

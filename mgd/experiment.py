@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,9 @@ def _run(
         if accelerator.is_main_process:
             fingerprints = {name: fingerprint(teacher) for name, teacher in (teachers or {}).items()}
             open_folder(recipe, partition, fingerprints, restart)
-            if len(set(fingerprints.values())) < len(fingerprints):
-                print(f"note: {recipe.source}: two of its teachers are the same network, with the same weights")
+            for first, second in itertools.combinations(fingerprints, 2):
+                if fingerprints[first] == fingerprints[second]:
+                    print(f"note: {recipe.source}: [teachers.{first}] and [teachers.{second}] are the same network")
     method, pairs = _build(recipe, accelerator, teachers or {}, splits, partition)
     pool = Pool(recipe.data.unlabeled) if partition.streamed and method.uses_unlabeled else None
     val = Images(splits.val, splits.decoder, recipe.data.image_scale)

@@ -186,7 +186,8 @@ class TeacherCache(Section):
     flip: bool = False
     """Let them see the mirrored image too."""
     cell: Annotated[int, Field(ge=4, le=256)] = 16
-    """Pixels a side over which logits and features are averaged: smaller is closer to online, and larger on disk."""
+    """Pixels a side over which `mgd` has logits and features averaged: smaller is closer to online, and larger on
+    disk."""
 
 
 class Optim(Section):

@@ -141,7 +141,7 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
         yield _recipe(size, "1/16", "lite0", f"_long_{ablation}", note, paper.ablated(row, recipes, values))
     for key, recipe in recipes.items():
         body = paper.METHOD["cwd"].replace(paper.BOTH, f'["{key}"]')
-        note = f"the student by channel-wise distillation from one teacher, {LONG_TEACHERS}"
+        note = f"the student by channel-wise distillation from one teacher, {key}, that learnt from labels alone"
         yield _recipe(size, "1/16", "lite0", f"_long_cwd_{key}", note, paper.teacher(key, recipe) + body)
 
 

@@ -18,7 +18,6 @@ from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe, training_images, training_pairs
 from mgd.losses.cwd import channel_wise
 from mgd.losses.kd import pixel_kl
-from mgd.methods.kd import _cached as cached_logits
 from mgd.methods.mgd import MGD, _cached
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.recipe import load, parse_model
@@ -176,7 +175,7 @@ def test_kd_and_cwd_learn_from_logits_that_are_kept(cached, tmp_path, method, lo
     student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5).eval()
     batch = default_collate([pairs[position] for position in range(4)])
     ours = METHODS.get(method)(recipe.method, [student]).step(batch, 0).log
-    said = {name: cached_logits(batch, name) for name in teachers}
+    said = {name: METHODS.get(method)(recipe.method, [student])._cached(name, {}, batch) for name in teachers}
     for name, teacher in teachers.items():
         with torch.no_grad():
             first, second, labeled = (teacher(batch[key].float()).logits for key in ("unlabeled", "mix", "image"))
@@ -189,7 +188,10 @@ def test_kd_and_cwd_learn_from_logits_that_are_kept(cached, tmp_path, method, lo
         wanted = sum(loss(student(images).logits, said[name][view].logits, 2.0).item() for name in teachers) / 2
         assert ours[f"loss_{method}_{view}"].item() == pytest.approx(wanted, rel=1e-5)
     assert compare(targets, teachers, pairs, Accelerator(), count=4)[0]["same class %"] > 90
-    run_recipe(recipe, Accelerator(), teachers)
+    odd = {"crop": 50, "scales": [0.5, 1.0]}  # padding, and a side that cells do not divide
+    for on in (["labeled"], ["unlabeled"], ["labeled", "unlabeled"]):
+        recipe = cached(f"run.name=odd{len(on)}{on[0]}", data=odd, method={**chosen, "on": on})
+        assert run_recipe(recipe, Accelerator(), teachers)["steps"] == 4
 
 
 @pytest.mark.parametrize("labels, same", [("hard", 100), ("soft", 95)])
@@ -339,6 +341,9 @@ def test_a_teacher_that_says_no_number_is_named(cached, tmp_path):
         UserError, match=r"\[teachers.a\] predicts values for train-0000.. that are no number, or too large"
     ):
         made(recipe)
+    (tmp_path / "runs" / "teacher_cache-s0" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"\[teachers.a\] predicts values for train-0000.. that are no number"):
+        made(cached(method={"name": "cwd", "distill_from": ["a", "b"]}))
 
 
 def test_scaled_images(cached):

@@ -272,7 +272,7 @@ def test_two_teachers_that_are_one_are_announced(write_recipe, capsys):
     first, other = (build_segmenter(recipe.student, classes, [(0, 0, 0)] * 7, seed) for seed in (0, 1))
     for wide, announced in ((first, True), (other, False)):
         run_recipe(recipe, Accelerator(), {"deep": first, "wide": wide}, restart=True)
-        assert ("two of its teachers are the same network" in capsys.readouterr().out) == announced
+        assert ("[teachers.deep] and [teachers.wide] are the same network" in capsys.readouterr().out) == announced
 
 
 def test_damaged_run_files_are_one_line(write_recipe):

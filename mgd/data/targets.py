@@ -169,7 +169,7 @@ def cut_cells(cells: Tensor, size: tuple[int, int], view: View, crop: int, parts
     """Average a coarse map of an image over the parts of a crop, each cell by the area that it shares with the part.
 
     Args:
-        cells: `[C, h, w]`, means over cells that divide the image evenly.
+        cells: `[C, h, w]`, of cells that divide the image evenly.
         size: width and height of the image, pixels.
         view: what the crop shows of it.
         crop: side of the crop, pixels.

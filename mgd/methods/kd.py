@@ -39,7 +39,10 @@ class Said(NamedTuple):
 
 
 class LogitDistillation(Method):
-    """Supervised cross-entropy plus a loss between the logits of student and teachers."""
+    """Supervised cross-entropy plus a loss between the logits of student and teachers.
+
+    `loss` takes the student's and a teacher's logits, the temperature and `Said.shown`.
+    """
 
     needs_teachers = True
     loss: ClassVar[Callable[[Tensor, Tensor, float, Tensor | None], Tensor]]
@@ -67,7 +70,8 @@ class LogitDistillation(Method):
         logits = self.networks[0](torch.cat(list(views.values()))).logits.chunk(2)
         student = dict(zip(views, logits, strict=True))
         log = {"loss_supervised": self.labeled_loss(student["labeled"], batch["label"])}
-        seen = [self._online(name, views) if self.teachers else _cached(batch, name) for name in config.distill_from]
+        ask = self._online if self.teachers else self._cached
+        seen = [ask(name, views, batch) for name in config.distill_from]
         for view in config.on:
             losses = [
                 type(self).loss(student[view], said[view].logits, config.temperature, said[view].shown) for said in seen
@@ -76,23 +80,23 @@ class LogitDistillation(Method):
         distilled = sum(value for key, value in log.items() if key != "loss_supervised")
         return StepOutput(log["loss_supervised"] + config.weight * distilled, log)
 
-    def _online(self, name: str, views: Mapping[str, Tensor]) -> dict[str, Said]:
+    def _online(self, name: str, views: Mapping[str, Tensor], batch: Batch) -> dict[str, Said]:
         outputs = look(self.teachers[name], views, self.config.on)
         return {view: Said(output.logits, None) for view, output in outputs.items()}
 
+    def _cached(self, name: str, views: Mapping[str, Tensor], batch: Batch) -> dict[str, Said]:
+        """Put together what was cached of a teacher's view of the images; padding it has not seen."""
+        mask, found = batch["mask"], {}
 
-def _cached(batch: Batch, name: str) -> dict[str, Said]:
-    """Put together what was cached of a teacher's view of the images; padding it has not seen."""
-    mask = batch["mask"]
-    first, second, labeled = (
-        Said(
-            functional.interpolate(batch[f"{key}/{name}/fine_logits"], size=mask.shape[-2:], mode="bilinear"),
-            batch[f"{key}/{name}/shown"],
-        )
-        for key in ("unlabeled", "mix", "image")
-    )
-    mixed = Said(mix(first.logits, second.logits, mask), mix(first.shown, second.shown, mask))
-    return {"labeled": labeled, "unlabeled": mixed}
+        def said(key: str) -> Said:
+            logits, size = batch[f"{key}/{name}/fine_logits"], mask.shape[-2:]
+            return Said(functional.interpolate(logits, size=size, mode="bilinear"), batch[f"{key}/{name}/shown"])
+
+        if "labeled" in self.config.on:
+            found["labeled"] = said("image")
+        if "unlabeled" in self.config.on:
+            found["unlabeled"] = Said(*(mix(*both, mask) for both in zip(said("unlabeled"), said("mix"), strict=True)))
+        return found
 
 
 class KDConfig(LogitSection):

@@ -57,7 +57,7 @@ def test_what_is_not_shown_does_not_count():
     shown = torch.zeros(2, 3, 4, dtype=torch.bool)
     shown[0, :2, 1:], shown[1] = True, True
     for logits in (student, teacher):  # whatever stands there
-        logits.masked_fill_(~shown[:, None], 50.0 * torch.randn(()).item())
+        logits[:] = logits.where(shown[:, None], 50.0 * torch.randn_like(logits))
     parts = [(student[0, :, :2, 1:], teacher[0, :, :2, 1:]), (student[1], teacher[1])]
     by_image = [[values[None] for values in part] for part in parts]
     wanted = sum(channel_wise(*part, 4.0) for part in by_image) / 2
