@@ -169,7 +169,8 @@ def test_uneven_shards_of_a_stream_do_not_hang_two_processes(write_recipe, tmp_p
             tmp_path / "pool" / f"{shard}.parquet"
         )
     unlabeled = {"parquet": str(tmp_path / "pool"), "streaming": True, "buffer": 4}
-    recipe = write_recipe(data={"unlabeled": unlabeled}, **EXACT, optim={"lr": 0.001, "steps": 12})
+    changes = EXACT | {"data": EXACT["data"] | {"unlabeled": unlabeled}}
+    recipe = write_recipe(**changes, optim={"lr": 0.001, "steps": 12})
     done = run_stage("teacher_cps.py", "--recipe", recipe, launcher=torchrun(2, 29523), env=ON_CPU)
     assert done.returncode == 0, done.stderr
     assert "a stream of 44 unlabelled" in done.stdout and "2 process(es)" in done.stdout
