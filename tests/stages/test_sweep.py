@@ -56,8 +56,7 @@ def test_every_cell_is_run_once(cells, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path, run_here):
-    (tmp_path / "runs" / "alone-s1").mkdir(parents=True)
-    (tmp_path / "runs" / "alone-s1" / "recipe.toml").mkdir()  # cannot be written
+    (tmp_path / "runs" / "alone-s1" / "metrics.jsonl").mkdir(parents=True)  # cannot be written
     result = run_here("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
     assert result.returncode == 2 and "alone-s1" in result.stderr.splitlines()[-1]
     assert "1 of 2 did not finish" in result.stderr and "Traceback" not in result.stderr
