@@ -22,6 +22,7 @@ from matplotlib.ticker import LogFormatter  # noqa: E402
 
 PREDICTIONS = "predictions.json"
 """Marks a folder of predictions as ours."""
+LINES = ("-", "--", ":", "-.")
 
 
 def plot_curves(log: Path, output: Path) -> None:
@@ -217,16 +218,17 @@ def plot_partitions(
     """
     figure, axes = _panels(len(panels))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for name, points in lines.items():
+        for index, (name, points) in enumerate(lines.items()):
             counts, means, spreads = zip(*sorted(points), strict=True)
             errors = [spread or 0.0 for spread in spreads]
-            axis.errorbar(counts, means, errors, marker="o", capsize=3, label=name)
+            style = LINES[index // 10 % len(LINES)]  # colours come again after ten
+            axis.errorbar(counts, means, errors, marker="o", capsize=3, label=name, linestyle=style)
         counts = sorted({point[0] for points in lines.values() for point in points})
         axis.set(xlabel="labelled images", ylabel="val mIoU, %", xscale="log")
         axis.set_xticks(counts, [str(count) for count in counts])
         axis.minorticks_off()
         axis.set_title(title, fontsize="small")
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside it: lines may be many
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
     pyplot.close(figure)
 
