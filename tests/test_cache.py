@@ -175,7 +175,7 @@ def test_kd_and_cwd_learn_from_logits_that_are_kept(cached, tmp_path, method, lo
     student = build_segmenter(recipe.student, classes, [(0, 0, 0)] * len(classes), 5).eval()
     batch = default_collate([pairs[position] for position in range(4)])
     ours = METHODS.get(method)(recipe.method, [student]).step(batch, 0).log
-    said = {name: METHODS.get(method)(recipe.method, [student])._cached(name, {}, batch) for name in teachers}
+    said = {name: METHODS.get(method)(recipe.method, [student])._cached(name, batch) for name in teachers}
     for name, teacher in teachers.items():
         with torch.no_grad():
             first, second, labeled = (teacher(batch[key].float()).logits for key in ("unlabeled", "mix", "image"))

@@ -32,6 +32,7 @@ FORMAT = 2
 IMAGES_PER_SHARD = 32
 FINE_CELL = 4
 FINE = ("probabilities", "fine_logits")
+"""Kinds over cells of FINE_CELL pixels; they come with `shown`."""
 OF_LABELED = ("labels", *FINE)
 """Kinds that losses on labelled images need, too."""
 

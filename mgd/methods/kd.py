@@ -70,8 +70,8 @@ class LogitDistillation(Method):
         logits = self.networks[0](torch.cat(list(views.values()))).logits.chunk(2)
         student = dict(zip(views, logits, strict=True))
         log = {"loss_supervised": self.labeled_loss(student["labeled"], batch["label"])}
-        ask = self._online if self.teachers else self._cached
-        seen = [ask(name, views, batch) for name in config.distill_from]
+        names = config.distill_from
+        seen = [self._online(name, views) if self.teachers else self._cached(name, batch) for name in names]
         for view in config.on:
             losses = [
                 type(self).loss(student[view], said[view].logits, config.temperature, said[view].shown) for said in seen
@@ -80,11 +80,11 @@ class LogitDistillation(Method):
         distilled = sum(value for key, value in log.items() if key != "loss_supervised")
         return StepOutput(log["loss_supervised"] + config.weight * distilled, log)
 
-    def _online(self, name: str, views: Mapping[str, Tensor], batch: Batch) -> dict[str, Said]:
+    def _online(self, name: str, views: Mapping[str, Tensor]) -> dict[str, Said]:
         outputs = look(self.teachers[name], views, self.config.on)
         return {view: Said(output.logits, None) for view, output in outputs.items()}
 
-    def _cached(self, name: str, views: Mapping[str, Tensor], batch: Batch) -> dict[str, Said]:
+    def _cached(self, name: str, batch: Batch) -> dict[str, Said]:
         """Put together what was cached of a teacher's view of the images; padding it has not seen."""
         mask, found = batch["mask"], {}
 
