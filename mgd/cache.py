@@ -20,6 +20,7 @@ from mgd.data.targets import (
     FINE_CELL,
     FORMAT,
     IMAGES_PER_SHARD,
+    OF_CELLS,
     OF_LABELED,
     CachedTargets,
     digest,
@@ -212,8 +213,10 @@ def _clear(folder: Path) -> None:
 
 
 def _unfit(there: Mapping[str, Any], wanted: Mapping[str, Any], is_to_be_filled: bool) -> list[str]:
-    """Say why a cache does not serve; more images, teachers or kinds than are wanted do no harm once it is whole."""
-    apart = {"ids", "checksums", "teachers"} | (set() if is_to_be_filled else {"precision"})
+    """Say why a cache does not serve. Once whole, what nobody reads does no harm: more images, teachers, kinds."""
+    of_cells = any({*OF_CELLS} & {*teacher["kinds"]} for teacher in wanted["teachers"].values())
+    unread = {"precision"} if of_cells else {"precision", "cell"}
+    apart = {"ids", "checksums", "teachers"} | (set() if is_to_be_filled else unread)
     differing = [key for key in wanted.keys() - apart if there.get(key) != wanted[key]]
     problems = [f"{key} is {str(there.get(key))[:40]}, not {wanted[key]!r}" for key in differing]
     known = dict(zip(there["ids"], there["checksums"], strict=True))
@@ -277,7 +280,7 @@ def _targets(
     """Predict the `kinds` of one image `[1, 3, H, W]`; see mgd/data/targets.py for what they are."""
     size = image.shape[-2:]
     coarse = [-(-side // section.cell) for side in size]
-    logits, features, count = 0.0, 0.0, 0
+    sums, count = {"logits": 0.0, "features": 0.0} if "features" in kinds else {"logits": 0.0}, 0
     for view, mirrored in views(image, section.scales, section.flip):
         try:
             seen = network(view)
@@ -292,25 +295,26 @@ def _targets(
                 'use [teachers] mode = "online"'
             ) from error
         maps = [value.flip(-1) if mirrored else value for value in seen]
-        logits = logits + functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
-        features = features + functional.interpolate(maps[1].float(), size=coarse, mode="area")
+        sums["logits"] += functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
+        if "features" in kinds:
+            sums["features"] += functional.interpolate(maps[1].float(), size=coarse, mode="area")
         count += 1
-    logits = logits / count
-    found = _kept(kinds, logits, features / count, coarse)
-    if not all(value.isfinite().all() for value in (logits, *found.values())):
+    means = {what: total / count for what, total in sums.items()}
+    found = _kept(kinds, means, coarse)
+    if not all(value.isfinite().all() for value in (means["logits"], *found.values())):
         raise UserError(f"{title} predicts values for {name} that are no number, or too large; train it anew")
     return found
 
 
-def _kept(kinds: set[str], logits: Tensor, features: Tensor, coarse: list[int]) -> dict[str, Tensor]:
+def _kept(kinds: set[str], means: Mapping[str, Tensor], coarse: list[int]) -> dict[str, Tensor]:
     """Lay down what a teacher predicted for an image.
 
     Args:
         kinds: what is wanted.
-        logits: `[1, K, H, W]`.
-        features: `[1, C, h, w]`, averaged over cells.
+        means: over all views: `logits` `[1, K, H, W]`, and if they are wanted `features` `[1, C, h, w]`, over cells.
         coarse: h and w.
     """
+    logits = means["logits"]
     fine, found = [-(-side // FINE_CELL) for side in logits.shape[-2:]], {}
     if "labels" in kinds:
         found["labels"] = logits.argmax(dim=1)[0].to(torch.uint8)
@@ -323,7 +327,7 @@ def _kept(kinds: set[str], logits: Tensor, features: Tensor, coarse: list[int]) 
     if "logits" in kinds:
         found["logits"] = functional.interpolate(logits, size=coarse, mode="area")[0].half()
     if "features" in kinds:
-        found["features"] = features[0].half()
+        found["features"] = means["features"][0].half()
     return found
 
 

@@ -258,6 +258,19 @@ def test_only_what_is_missing_is_written_again(cached, monkeypatch):
     assert [path.read_bytes() for path in paths] == before and paths[0].stat().st_mtime_ns != times[0]
 
 
+def test_another_cell_matters_only_where_cells_are_read_or_to_be_written(cached, monkeypatch):
+    monkeypatch.setattr("mgd.cache.IMAGES_PER_SHARD", 5)
+    monkeypatch.setattr("mgd.data.targets.IMAGES_PER_SHARD", 5)
+    without = {"image": {"teachers": []}, "region": {"teachers": []}}
+    made(recipe := cached())
+    before = [shard_path(recipe.cache_dir, number).read_bytes() for number in range(3)]
+    made(cached("cache.cell=4", method=without))
+    assert [shard_path(recipe.cache_dir, number).read_bytes() for number in range(3)] == before
+    shard_path(recipe.cache_dir, 1).unlink()
+    with pytest.raises(UserError, match="cell is 8, not 4"):  # else its features would be of two sizes
+        made(cached("cache.cell=4", method=without))
+
+
 def test_a_stale_cache_is_refused(cached, tmp_path):
     recipe = cached()
     made(recipe)

@@ -33,6 +33,8 @@ IMAGES_PER_SHARD = 32
 FINE_CELL = 4
 FINE = ("probabilities", "fine_logits")
 """Kinds over cells of FINE_CELL pixels; they come with `shown`."""
+OF_CELLS = ("logits", "features")
+"""Kinds over cells of `[cache] cell` pixels."""
 OF_LABELED = ("labels", *FINE)
 """Kinds that losses on labelled images need, too."""
 
