@@ -47,20 +47,26 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, in
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
 
 
-def check_predictions(folder: Path, below: Sequence[str] = ("",)) -> None:
+def check_predictions(folder: Path, model: str, below: Sequence[str] = ("",)) -> None:
     """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
 
     Args:
         folder: where predictions shall go.
+        model: what shall make them.
         below: folders in it that will hold them.
 
     Raises:
-        UserError: one of these is not empty, and nothing says that we wrote what is there.
+        UserError: one of these is not empty, and nothing says that we wrote what is there, or another model did.
     """
     try:
-        ours = set(read_json(folder / PREDICTIONS, ("model", "files"))) == {"model", "files"}
+        found = read_json(folder / PREDICTIONS, ("model", "files"))
+        ours = set(found) == {"model", "files"}
     except UserError:
         ours = False
+    if ours and Path(str(found["model"])).absolute() != Path(model).absolute():  # they could not be told apart
+        raise UserError(
+            f"{folder} holds predictions of {found['model']}; name another folder for those of {model}, or delete it"
+        )
     for place in [] if ours else [folder / name for name in below]:
         if place.is_dir() and any(place.iterdir()):
             raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")

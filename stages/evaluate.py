@@ -41,7 +41,7 @@ def main() -> None:
     args = flags.parse_args()
 
     if args.save_predictions:
-        check_predictions(Path(args.save_predictions))
+        check_predictions(Path(args.save_predictions), args.model)
     folder = find_model(args.model)
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():

@@ -56,7 +56,7 @@ def main() -> None:
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
     output = Path(args.output)
-    check_predictions(output, KINDS)
+    check_predictions(output, args.model, KINDS)
     ours = [(output / kind).resolve() for kind in KINDS]
     files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
     if not files:

@@ -1,3 +1,4 @@
+import shutil
 import signal
 
 import numpy as np
@@ -148,3 +149,7 @@ def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
     for _ in range(2):
         assert call_stage(capsys, "predict.py", *arguments, inside)[0] == 0
     assert sorted(path.name for path in (inside / "masks").rglob("*")) == ["a.png"]
+    other = shutil.copytree(model, tmp_path / "other")
+    status, _, error = call_stage(capsys, "predict.py", "--model", other, *arguments[2:], inside)
+    assert status == 2 and f"{inside} holds predictions of {model}; name another folder for those of {other}" in error
+    assert call_stage(capsys, "predict.py", "--model", f"{model}/", *arguments[2:], inside)[0] == 0
