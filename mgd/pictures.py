@@ -2,19 +2,31 @@
 
 import glob
 import io
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import torch
 
 from mgd.errors import UserError
 
-# What PIL's decoders raise on files that are damaged or no images.
-UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError)
+# What PIL's decoders raise on files that are damaged or no images; the last two on entries of EXIF.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError),
+    *(struct.error, TypeError),
+)
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -27,7 +39,7 @@ def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) ->
             read, nor is it noticed that they are damaged; they are black. Left out: all rows.
 
     Raises:
-        OSError, SyntaxError, ValueError: what PIL raises on what it cannot read.
+        One of UNREADABLE: what PIL raises on what it cannot read.
     """
     image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     # Interlaced rows are not in order; of deep pixels (I, F) `to_rgb` takes the maximum over all.
@@ -37,9 +49,22 @@ def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) ->
         extents = (0, 0, image.width, last_row(*image.size))
         image.tile = [image.tile[0]._replace(extents=extents)]
     image.load()
-    if image.getexif().get(PIL.ExifTags.Base.Orientation) is None:
+    turned = upright(image)
+    return decode(value) if shortened and turned is not image else turned  # what is turned is read as a whole
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Turn an image as its EXIF says; one that is upright is returned as it is.
+
+    The result has no EXIF: `PIL.ImageOps.exif_transpose` writes it anew, and fails on entries of unexpected types,
+    which cameras do write.
+    """
+    turn = _TURNS.get(image.getexif().get(PIL.ExifTags.Base.Orientation))
+    if turn is None:
         return image
-    return decode(value) if shortened else PIL.ImageOps.exif_transpose(image)  # what is turned is read as a whole
+    turned = image.transpose(turn)
+    turned.info = {key: value for key, value in image.info.items() if key == "transparency"}
+    return turned
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from mgd.data.loaders import UNLABELED_STREAMS, StepSampler, TrainingPairs
 from mgd.errors import UserError, one_line
-from mgd.pictures import UNREADABLE, rescale, to_rgb
+from mgd.pictures import UNREADABLE, decode, rescale, to_rgb
 from mgd.sections import UnlabeledSection
 
 CHUNK = 64  # rows that are read at once
@@ -154,8 +154,9 @@ def _decode(name: str, value: dict | None) -> PIL.Image.Image:
     try:
         if value is None:
             raise ValueError("the table holds no image for it")
-        return to_rgb(datasets.Image().decode_example(value))
-    except (*UNREADABLE, TypeError) as error:
+        whole = value["bytes"] is not None
+        return to_rgb(decode(value) if whole else datasets.Image().decode_example(value))  # the latter reads urls
+    except UNREADABLE as error:
         reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
         raise UserError(f"image {name} cannot be read: {reason}") from error
 

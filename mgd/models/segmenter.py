@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors import SafetensorError
@@ -21,7 +20,7 @@ from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone
 from mgd.models.card import short_card
 from mgd.models.saved import FORMAT, find_model, read_config
-from mgd.pictures import colorize, rescale, to_rgb, to_tensor
+from mgd.pictures import colorize, rescale, to_rgb, to_tensor, upright
 from mgd.recipe import parse_model
 from mgd.registry import HEADS
 from mgd.sections import ModelSection
@@ -153,8 +152,8 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         if not isinstance(picture, PIL.Image.Image):
             raise UserError(f"predict takes a PIL image, as PIL.Image.open gives it, not {type(picture).__name__}")
         was_training = self.training
-        upright = to_rgb(PIL.ImageOps.exif_transpose(picture))
-        small, _ = rescale(upright, None, self.image_scale)
+        whole = to_rgb(upright(picture))
+        small, _ = rescale(whole, None, self.image_scale)
         try:
             logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
         except (RuntimeError, AssertionError, ValueError) as error:  # timm asserts
@@ -164,7 +163,7 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             ) from error
         finally:
             self.train(was_training)
-        classes = enlarge(logits, upright.size[::-1]).argmax(dim=1)
+        classes = enlarge(logits, whole.size[::-1]).argmax(dim=1)
         return self.prediction(classes[0].to(torch.uint8).cpu().numpy())
 
     def prediction(self, label: np.ndarray) -> Prediction:

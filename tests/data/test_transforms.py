@@ -141,15 +141,36 @@ def test_rows_that_are_needed_are_decoded_as_ever(kind, mode):
         assert not np.asarray(decode(value, lambda width, height: 12))[12:].any()
 
 
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_turned_image_is_decoded_upright_and_whole(kind):
+def test_a_turned_image_is_decoded_upright_and_whole(kind, orientation):
     image, _ = _noise(40, 30)
     exif = image.getexif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     value = _file(image, kind, exif=exif)
-    upright = datasets.Image().decode_example(value)
-    found = decode(value, lambda width, height: 5)
-    assert found.size == upright.size == (30, 40) and (np.asarray(found) == np.asarray(upright)).all()
+    reference = datasets.Image().decode_example(value)  # turns by PIL.ImageOps
+    found = decode(value, lambda width, height: 30 if orientation in (0, 1, 9) else 5)
+    assert found.size == reference.size and (np.asarray(found) == np.asarray(reference)).all()
+    if orientation not in (0, 9):
+        assert found.getexif().get(0x0112, 1) == 1  # not to be turned again
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "count", "data"),
+    [(0x0128, 5, 1, struct.pack("<II", 2, 1)), (0x0128, 2, 2, b"2\0\0\0"), (0x011A, 2, 3, b"72\0\0")],
+    ids=["unit as a ratio", "unit as text", "resolution as text"],
+)
+def test_an_odd_entry_of_exif_costs_no_image(tag, kind, count, data):
+    """Such a one makes `PIL.ImageOps.exif_transpose` raise."""
+    entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0")]
+    entries.append(struct.pack("<HHI", tag, kind, count) + (data if len(data) == 4 else struct.pack("<I", 38)))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + b"".join(entries) + bytes(4) + data
+    image, _ = _noise(40, 30)
+    value = _file(image, "JPEG", exif=exif)
+    with pytest.raises((TypeError, struct.error)):
+        datasets.Image().decode_example(value)
+    plain = decode(_file(image, "JPEG"))
+    assert (np.asarray(decode(value)) == np.asarray(plain.transpose(PIL.Image.Transpose.ROTATE_270))).all()
 
 
 def test_an_interlaced_png_is_decoded_as_a_whole():
