@@ -47,7 +47,8 @@ def _load_splits(section: DataSection) -> Splits:
     splits = section.load()
     if section.unlabeled and not section.unlabeled.streaming:
         pool = whole_pool(section.unlabeled)
-        splits = dataclasses.replace(splits, unlabeled=datasets.concatenate_datasets([splits.unlabeled, pool]))
+        unlabeled = datasets.concatenate_datasets([splits.unlabeled, pool])
+        splits = dataclasses.replace(splits, unlabeled=unlabeled, pool=tuple(pool["id"]))
     if len(splits.val) == 0:
         raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
     return splits
@@ -276,7 +277,7 @@ def split_data(recipe: Recipe, splits: Splits) -> Split:
                 values = np.array([])  # shows nothing; if it is drawn all the same, it is skipped then
             presence[name] = np.isin(np.arange(len(splits.classes)), values)
     labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
-    return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name)
+    return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name, splits.pool)
 
 
 def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> None:

@@ -42,6 +42,7 @@ class Splits:
         classes: K class names.
         colors: K colours for overlays and palette PNGs.
         decoder: turns a mask into class indices.
+        pool: ids among `unlabeled` that are of `[data.unlabeled]`, which joins later.
     """
 
     labeled: datasets.Dataset
@@ -50,6 +51,7 @@ class Splits:
     classes: tuple[str, ...]
     colors: tuple[Color, ...]
     decoder: LabelDecoder
+    pool: tuple[str, ...] = ()
 
 
 @DATASETS.register("shapes")

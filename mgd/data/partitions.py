@@ -66,16 +66,18 @@ def split(
     seed: int,
     presence: Mapping[str, np.ndarray] | None = None,
     data_name: str = "",
+    pool: Sequence[str] = (),
 ) -> Split:
     """Divide the training images, by lists or by a draw.
 
     Args:
         section: the recipe's `[partition]`.
         with_mask: ids that could be labelled.
-        without_mask: ids that cannot; always unlabelled.
+        without_mask: ids that cannot; unlabelled, or with lists only where they name them.
         seed: seed of the draw.
         presence: id -> `[K]` bool, the classes an image shows; needed for a balanced choice.
         data_name: the data set, which chooses among the public lists.
+        pool: those of `without_mask` that are unlabelled whatever the lists say.
 
     Raises:
         UserError: more labels wanted than there are masks, no masks at all, or lists that do not
@@ -84,7 +86,8 @@ def split(
     if not with_mask:
         raise UserError("no training image has a mask; a run needs at least one labelled image")
     if section.protocol != "random":
-        return _by_lists(section, with_mask, without_mask, data_name)
+        listed = _by_lists(section, with_mask, without_mask, data_name)
+        return dataclasses.replace(listed, unlabeled=tuple(sorted({*listed.unlabeled, *pool})))
     wanted = labeled_amount(section.labeled, len(with_mask))
     if wanted > len(with_mask):
         raise UserError(

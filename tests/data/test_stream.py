@@ -195,6 +195,14 @@ def test_a_pool_that_is_no_stream_joins_the_unlabelled_images(write_recipe, tmp_
     assert run_recipe(recipe, Accelerator())["num_unlabeled"] == 8 + 31
     manifest = json.loads((recipe.run_dir / "partition.json").read_text())
     assert "pool/00000030" in manifest["unlabeled"]
+    lists = {"labeled_list": [0, 1, 2, 3], "unlabeled_list": [5, 6]}
+    for key, numbers in lists.items():
+        (tmp_path / key).write_text("".join(f"train-{number:06d}\n" for number in numbers))
+    places = [f"partition.{key}={tmp_path / key}" for key in lists]
+    listed = load(recipe.source, ["partition.protocol=files", *places])
+    drawn = checks.split_data(listed, checks.load_splits(listed.data))
+    pool = tuple(f"pool/{number:08d}" for number in range(31))
+    assert drawn.unlabeled == (*pool, "train-000005", "train-000006") and len(drawn.labeled) == 4
 
 
 def test_rows_and_shards_without_an_image(write_recipe, tmp_path):
