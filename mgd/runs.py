@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 import time
 import tomllib
@@ -23,8 +22,9 @@ from mgd.tables import flatten
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
 
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
@@ -128,6 +128,8 @@ def hold(folder: Path, instead: str = "or give this run another name: --set run.
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        if fcntl:
+            os.register_at_fork(after_in_child=file.close)  # or a data worker holds on when this process is killed
         yield
 
 
@@ -254,9 +256,14 @@ def best_so_far(folder: Path) -> dict[str, Any] | None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory, MiB: of the GPU since the run began, or of this process, with the runs before this one."""
+    """Peak memory, MiB: of the GPU since the run began, or of this process, with the runs before this one.
+
+    On Windows that of a process is not known, and 0.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if not resource:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB on Linux
 

@@ -126,9 +126,9 @@ def run_cells(cells: Cells, launch: Sequence[str]) -> dict[Path, dict[str, Any] 
             if not (metrics := finished_metrics(cell.recipe)):
                 print(f"[{len(found) + 1}/{len(cells)}] {cell.recipe.source}, seed {cell.recipe.run.seed}", flush=True)
                 status = run_stage(launch, cell.recipe, cell.overrides)
-                if status == Busy.STATUS:
+                if status == Busy.STATUS or (status and any(map(is_held, cell.folders))):
                     time.sleep(2)
-                    continue  # another sweep was quicker, by a moment
+                    continue  # another sweep was quicker, by a moment; a launcher's status does not say so
                 if not (metrics := finished_metrics(cell.recipe)):
                     raise UserError(f"{cell.recipe.run_dir}: ended with status {status} and left no result")
             found[folder] = metrics

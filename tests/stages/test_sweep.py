@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import re
 import signal
 import subprocess
@@ -89,6 +90,34 @@ def test_a_stage_that_finds_another_at_its_run_is_started_again(cells, tmp_path,
     launcher.chmod(0o755)
     status, out, err = call_stage(capsys, "sweep.py", cells[0], "--launch", launcher)
     assert status == 2 and out.count("[1/1]") == 2 and "ended with status 3 and left no result" in out
+
+
+def test_a_launcher_that_hides_the_status_does_not_make_a_cell_fail(cells, tmp_path, capsys):
+    """As Accelerate's and torchrun do: 75 becomes 1."""
+    folder, launcher, tried = tmp_path / "runs" / "alone-s0", tmp_path / "launcher", tmp_path / "tried"
+    imports = "from pathlib import Path\nfrom time import sleep\nfrom mgd.runs import hold\n"
+    hold_it = f"with hold(Path({str(folder)!r})):\n    Path({str(tried)!r}).touch()\n    sleep(3)\n"
+    (tmp_path / "holder.py").write_text(imports + hold_it)
+    again = f"test -e {tried} && exit 1\n{sys.executable} {tmp_path / 'holder.py'} &\n"
+    launcher.write_text(f"#!/bin/sh\n{again}until test -e {tried}; do sleep 0.05; done\nexit 1\n")
+    launcher.chmod(0o755)
+    status, out, err = call_stage(capsys, "sweep.py", cells[0], "--launch", launcher)
+    assert status == 2 and out.count("[1/1]") == 2 and "ended with status 1 and left no result" in out
+
+
+def test_a_process_that_outlives_the_holder_of_a_folder_does_not_hold_it(tmp_path):
+    with hold(tmp_path / "run"):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        assert is_held(tmp_path / "run")
+    try:
+        until = time.monotonic() + 20  # the child may not have begun yet
+        while is_held(tmp_path / "run") and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not is_held(tmp_path / "run")
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_cells_that_would_share_a_folder_are_refused_before_anything_runs(cells, tmp_path, capsys):
