@@ -55,7 +55,7 @@ def scores(confusion: Tensor) -> Scores:
     Args:
         confusion: `[K, K]` counts, rows true, columns predicted.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.cpu().double()  # Apple's GPUs have no doubles
     hit = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hit
     iou = 100 * hit / union  # 0 / 0 is NaN: a class that is neither there nor predicted

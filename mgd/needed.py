@@ -11,6 +11,7 @@ from mgd.errors import UserError
 from mgd.files import read_json
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import Recipe, load
+from mgd.registry import METHODS
 from mgd.runs import recipe_differences
 from mgd.sections import DataSection, Partition
 
@@ -86,6 +87,8 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
     """
     agree = [("partition", key) for key in Partition.model_fields]
     agree += [("data", key) for key in _image_keys(recipe.data)]
+    if METHODS.get(other.method.name).uses_unlabeled:
+        agree.append(("data", "unlabeled"))
     if is_baseline:
         agree += [("data", "crop"), ("eval", "mode")]
         agree += [("student", key) for key in type(recipe.student).model_fields]
@@ -177,7 +180,9 @@ def note_other_data(
                 f"note: [teachers.{name}] learned from images at {network.image_scale:g} of their size and sees these "
                 f"at {recipe.data.image_scale:g} ([data] image_scale)"
             )
-        path = Path(recipe.teachers[name].checkpoint) / "partition.json"
+        folder = Path(recipe.teachers[name].checkpoint).resolve()
+        run = folder.parent if folder.name in ("model", "best") else folder
+        path = run / "partition.json"
         if not path.exists():
             continue
         known = set(read_json(path, ("labeled",))["labeled"])
@@ -191,6 +196,6 @@ def note_other_data(
 
 
 def _image_keys(section: DataSection) -> list[str]:
-    """Keys of a reader that say which images there are, and their size; its others only shape batches."""
+    """Keys of a reader that say which images there are, and their size; `unlabeled` adds more, others shape batches."""
     own = [key for key in type(section).model_fields if key not in DataSection.model_fields]
     return ["name", "image_scale", *own]

@@ -164,6 +164,8 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
     cache = _validate(TeacherCache, raw.get("cache", {}), "cache", errors)
     if cached:
         sections["cache"] = cache
+    elif "cache" in raw:
+        errors.append('[cache]: nothing reads it without [teachers] mode = "cached"; set that, or leave it out')
     if "reference" in raw:
         sections["reference"] = _validate(Reference, raw["reference"], "reference", errors)
     if not errors:

@@ -169,6 +169,9 @@ def test_what_a_given_teacher_saw_otherwise_is_said(write_recipe, tmp_path):
     said.clear()
     note_other_data(load(recipe.source), {"deep": network}, ["a", "b", "v"], ["w"], said.append)
     assert said == []
+    below = load(recipe.source, [f"teachers.deep.checkpoint={tmp_path / 'teacher' / 'model'}"])
+    note_other_data(below, {"deep": network}, ["a", "b"], ["v"], said.append)
+    assert len(said) == 1 and "labels of 1 of the validation images" in said[0]
 
 
 def test_synchronised_statistics_reach_the_average(tmp_path):
@@ -206,6 +209,12 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
         needed_recipes(load(path, [*sets, "teachers.twin.seed_offset=-4"]))
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
         write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
+        needed_recipes(load(path))
+    pool = {"unlabeled": {"parquet": "pool"}}  # which a supervised teacher does not see, and one by CPS does
+    write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data=pool)
+    needed_recipes(load(path))
+    write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data=pool, method={"name": "cps"})
+    with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] unlabeled, but has .*pool"):
         needed_recipes(load(path))
 
 

@@ -26,6 +26,7 @@ def test_every_recipe_loads_and_opens_with_its_command(path):
     [
         ("optim.momentun=0.9", "[optim] momentun: unknown key; did you mean 'momentum'"),
         ("optin.lr=0.1", "[optin]: unknown section; did you mean 'optim'"),
+        ("cache.cell=8", '[cache]: nothing reads it without [teachers] mode = "cached"; set that, or leave it out'),
         ("optim.lr=-1", "[optim] lr = -1: should be greater than 0"),
         ('optim.lr="fast"', '[optim] lr = "fast": should be a valid number'),
         ("optim.lr=nan", "[optim] lr = NaN: should be a finite number"),

@@ -131,6 +131,8 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         if not torch.compiler.is_exporting():  # a device's runtime chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         low, high = self.backbone(pixels)
+        if getattr(self.backbone, "output_fmt", None) == "NHWC":  # Swin's kind
+            low, high = low.permute(0, 3, 1, 2), high.permute(0, 3, 1, 2)
         return low, high
 
     def _missing(self, image: Tensor) -> tuple[int, int]:

@@ -197,6 +197,16 @@ def test_config_says_what_pixels_it_wants(tmp_path):
     assert load_segmenter(tmp_path).image_scale == 1.0
 
 
+def test_a_backbone_whose_maps_have_their_channels_last():
+    model = build_segmenter(_section(backbone="mambaout_femto", output_stride=32), CLASSES, COLORS, seed=0).eval()
+    image = torch.randint(256, (2, 3, 64, 96), dtype=torch.uint8)
+    with torch.no_grad():
+        deepest = model.backbone((image - model.mean) / model.std)[-1]
+        found = model.describe(image)
+        assert deepest.shape[:3] == (2, 2, 3) and torch.allclose(found, deepest.mean(dim=(1, 2)), atol=1e-5)
+        assert model(image).logits.shape == (2, len(CLASSES), 64, 96)
+
+
 def test_predict_a_picture():
     model = build_segmenter(_section(), CLASSES, COLORS, seed=0, image_scale=0.5)
     picture = PIL.Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 61, 3), dtype=np.uint8))

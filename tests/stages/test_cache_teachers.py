@@ -12,13 +12,14 @@ TERMS = {"pixel": {"teachers": ["a"]}, "image": {"teachers": ["a"]}, "region": {
 TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541")
 
 
-def recipe_of(write_recipe, tmp_path, **changes):
+def recipe_of(write_recipe, tmp_path, mode="cached"):
     base = load(write_recipe())
     classes = base.data.class_names()
     build_segmenter(base.student, classes, [(0, 0, 0)] * len(classes), 1).save(tmp_path / "a")
-    teachers = {"mode": "cached", "a": {"checkpoint": str(tmp_path / "a")}} | changes
+    teachers = {"mode": mode, "a": {"checkpoint": str(tmp_path / "a")}}
     method = {"name": "mgd", "remix": "predictions", **TERMS}
-    return write_recipe(teachers=teachers, method=method, cache={"cell": 8}, data={"num_train": 70, "workers": 1})
+    cache = {"cache": {"cell": 8}} if mode == "cached" else {}
+    return write_recipe(teachers=teachers, method=method, data={"num_train": 70, "workers": 1}, **cache)
 
 
 @pytest.mark.slow
