@@ -1,5 +1,6 @@
 """Everything that can be wrong with a run, checked before hours are spent on it."""
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -15,10 +16,10 @@ from torch import nn
 from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, per_process
-from mgd.data.partitions import Split, split
+from mgd.data.partitions import Split, repainted, split
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity, whole_pool
-from mgd.errors import UserError
+from mgd.errors import UserError, some
 from mgd.files import read_json
 from mgd.models.segmenter import check_trainable
 from mgd.recipe import Recipe
@@ -64,7 +65,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.run_dir / "partition.json"
     if done is None or not path.exists():
         return done
-    there = {"skipped": {}, "pool": "", "val": None} | read_json(path, ("labeled", "unlabeled"))
+    there = {"skipped": {}, "pool": "", "val": None, "masks": {}} | read_json(path, ("labeled", "unlabeled"))
     pool = recipe.data.unlabeled
     try:
         splits = load_splits(recipe.data)
@@ -85,6 +86,13 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
             "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
             f"anew: {recipe.command} --restart"
         )
+    with contextlib.suppress(OSError):
+        masks = _mask_sums(rows_of(splits.labeled, tuple(labeled)), rows_of(splits.val, tuple(val)))
+        if painted := repainted(there["masks"], masks):
+            raise UserError(
+                f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; train it anew: "
+                f"{recipe.command} --restart, or keep it and write elsewhere (--set run.output=...)"
+            )
     return done
 
 
@@ -207,8 +215,15 @@ def _check_images(
     skipped = problems["labelled"] | problems["unlabelled"]
     skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
     class_pixels = tuple(pixels["labelled"][: len(splits.classes)].tolist())
-    partition = Split(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels)
+    masks = _mask_sums(rows_of(splits.labeled, labeled), splits.val)
+    partition = Split(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels, masks=masks)
     return splits, partition, (first.height, first.width)
+
+
+def _mask_sums(labeled: datasets.Dataset, val: datasets.Dataset) -> dict[str, int]:
+    """CRC-32 of the masks, as `Split.masks` has them."""
+    of_val = {f"validation: {name}": found for name, found in Images(val).mask_sums().items()}
+    return Images(labeled).mask_sums() | of_val
 
 
 def _read_all(

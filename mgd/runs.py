@@ -14,8 +14,8 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
-from mgd.data.partitions import Split
-from mgd.errors import Busy, UserError
+from mgd.data.partitions import Split, repainted
+from mgd.errors import Busy, UserError, some
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import Recipe, parse
 from mgd.tables import flatten
@@ -196,6 +196,11 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
                 f"{path}: the images of [data] have changed since this run began ({there['num_labeled']} labelled / "
                 f"{there['num_unlabeled']} unlabelled then, {manifest['num_labeled']} / {manifest['num_unlabeled']} "
                 f"now); put them back, or start over: {recipe.command} --restart"
+            )
+        if painted := repainted(there.get("masks", {}), manifest["masks"]):
+            raise UserError(
+                f"{path}: masks have changed since this run began: {some(painted)}; put them back, or start over: "
+                f"{recipe.command} --restart"
             )
     write_text(folder / "recipe.toml", recipe.to_toml())
     write_json(path, manifest)

@@ -150,9 +150,25 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
         (root / "val" / part / "w.png").rename(root / "val" / part / "y.png")
     checks._load_splits.cache_clear()
     assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
+    for folder, name, title in ((".", "b", "b"), ("val", "x", "validation: x")):
+        mask = root / folder / "masks" / f"{name}.png"
+        before = mask.read_bytes()
+        PIL.Image.new("L", (40, 40), 1).save(mask)  # mended in its place
+        with pytest.raises(UserError, match=rf"learned from other masks than there are now: {title}; train it anew"):
+            finished(recipe)
+        mask.write_bytes(before)
+    assert finished(recipe)["miou"] == done["miou"]
+    PIL.Image.new("L", (40, 40), 1).save(root / "masks" / "a.png")
+    (recipe.run_dir / "metrics.json").unlink()
+    checks._check_images.cache_clear()
+    with pytest.raises(UserError, match=r"masks have changed since this run began: a; put them back, or start over"):
+        run_recipe(recipe, Accelerator())
+    PIL.Image.new("L", (40, 40), 0).save(root / "masks" / "a.png")
+    checks._check_images.cache_clear()
+    run_recipe(recipe, Accelerator(), restart=True)
     root.rename(tmp_path / "elsewhere")
     checks._load_splits.cache_clear()
-    assert finished(recipe)["miou"] == done["miou"], "a result outlives its images"
+    assert finished(recipe), "a result outlives its images"
 
 
 def test_what_a_given_teacher_saw_otherwise_is_said(write_recipe, tmp_path):

@@ -8,6 +8,7 @@ many, and a resumed run goes on exactly where it stopped.
 import functools
 import os
 import signal
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ class Images:
             return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
         except OSError as error:
             raise UserError(f"image {self.ids[index]} cannot be read: {error}") from error
+
+    def mask_sums(self) -> dict[str, int]:
+        """Return the CRC-32 of every mask that is a file of its own, by id."""
+        masks = ((row["id"], row["label"]) for row in self.labeled.select_columns(["id", "label"]))
+        files = {name: Path(mask["path"]) for name, mask in masks if mask and mask["bytes"] is None}
+        return {name: zlib.crc32(path.read_bytes()) for name, path in files.items()}
 
     def read(
         self, index: int, with_label: bool, last_row: Callable[[int, int], int] | None = None

@@ -29,6 +29,8 @@ class Split:
     """Ids of the images to evaluate on, once they have been read."""
     class_pixels: tuple[int, ...] = ()
     """Labelled pixels of each class, likewise."""
+    masks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """CRC-32 of the masks that are files: id (of `val`: "validation: id") -> sum."""
 
     @property
     def num_unlabeled(self) -> int | None:
@@ -56,7 +58,13 @@ class Split:
             "skipped": dict(self.skipped),
             "pool": self.pool,
             "val": list(self.val),
+            "masks": dict(self.masks),
         }
+
+
+def repainted(then: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
+    """Return which masks, of those known then (`Split.masks`), are others now."""
+    return [name for name, found in now.items() if then.get(name, found) != found]
 
 
 def split(
