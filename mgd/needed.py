@@ -181,8 +181,9 @@ def note_other_data(
                 f"at {recipe.data.image_scale:g} ([data] image_scale)"
             )
         folder = Path(recipe.teachers[name].checkpoint).resolve()
-        run = folder.parent if folder.name in ("model", "best") else folder
-        path = run / "partition.json"
+        path = folder / "partition.json"
+        if not path.exists() and folder.name in ("model", "best"):
+            path = folder.parent / "partition.json"
         if not path.exists():
             continue
         known = set(read_json(path, ("labeled",))["labeled"])

@@ -48,17 +48,17 @@ def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) ->
     if shortened:
         extents = (0, 0, image.width, last_row(*image.size))
         image.tile = [image.tile[0]._replace(extents=extents)]
-    image.load()
     turned = upright(image)
     return decode(value) if shortened and turned is not image else turned  # what is turned is read as a whole
 
 
 def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Turn an image as its EXIF says; one that is upright is returned as it is.
+    """Load an image and turn it as its EXIF says; one that is upright is returned as it is.
 
     The result has no EXIF: `PIL.ImageOps.exif_transpose` writes it anew, and fails on entries of unexpected types,
     which cameras do write.
     """
+    image.load()  # Pillow turns a TIFF when it loads it
     turn = _TURNS.get(image.getexif().get(PIL.ExifTags.Base.Orientation))
     if turn is None:
         return image

@@ -47,12 +47,12 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, in
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
 
 
-def check_predictions(folder: Path, model: str, below: Sequence[str] = ("",)) -> None:
+def check_predictions(folder: Path, model: Path, below: Sequence[str] = ("",)) -> None:
     """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
 
     Args:
         folder: where predictions shall go.
-        model: what shall make them.
+        model: folder of the network that shall make them.
         below: folders in it that will hold them.
 
     Raises:
@@ -63,7 +63,7 @@ def check_predictions(folder: Path, model: str, below: Sequence[str] = ("",)) ->
         ours = set(found) == {"model", "files"}
     except UserError:
         ours = False
-    if ours and Path(str(found["model"])).absolute() != Path(model).absolute():  # they could not be told apart
+    if ours and found["model"] != str(model.resolve()):  # they could not be told apart
         raise UserError(
             f"{folder} holds predictions of {found['model']}; name another folder for those of {model}, or delete it"
         )
@@ -72,15 +72,15 @@ def check_predictions(folder: Path, model: str, below: Sequence[str] = ("",)) ->
             raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
 
 
-def mark_predictions(folder: Path, model: str, files: int) -> None:
+def mark_predictions(folder: Path, model: Path, files: int) -> None:
     """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
 
     Args:
         folder: of the predictions.
-        model: what makes them.
+        model: folder of the network that makes them.
         files: images that are to be predicted.
     """
-    write_json(folder / PREDICTIONS, {"model": model, "files": files})
+    write_json(folder / PREDICTIONS, {"model": str(model.resolve()), "files": files})
 
 
 def save_prediction(

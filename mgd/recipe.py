@@ -164,7 +164,7 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
     cache = _validate(TeacherCache, raw.get("cache", {}), "cache", errors)
     if cached:
         sections["cache"] = cache
-    elif "cache" in raw:
+    elif "cache" in raw and not (isinstance(raw.get("teachers"), Mapping) and "mode" in raw["teachers"]):
         errors.append('[cache]: nothing reads it without [teachers] mode = "cached"; set that, or leave it out')
     if "reference" in raw:
         sections["reference"] = _validate(Reference, raw["reference"], "reference", errors)

@@ -40,9 +40,9 @@ def main() -> None:
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
     args = flags.parse_args()
 
-    if args.save_predictions:
-        check_predictions(Path(args.save_predictions), args.model)
     folder = find_model(args.model)
+    if args.save_predictions:
+        check_predictions(Path(args.save_predictions), folder)
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():
         raise UserError(f"{folder} has no recipe.toml; name the data with --recipe")
@@ -54,7 +54,7 @@ def main() -> None:
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
-        mark_predictions(Path(args.save_predictions), args.model, len(images))
+        mark_predictions(Path(args.save_predictions), folder, len(images))
         keep = functools.partial(save_prediction, Path(args.save_predictions), splits.colors, splits.decoder.encode)
     result = evaluate_network(network, images, recipe, accelerator, keep)
 

@@ -21,6 +21,14 @@ def test_every_recipe_loads_and_opens_with_its_command(path):
     assert first == f"# accelerate launch stages/{stage}.py --recipe {path.relative_to(ROOT)}"
 
 
+def test_a_recipe_of_cached_teachers_can_have_them_online(tmp_path):
+    sets = ["teachers.mode=cached", "method.remix=predictions", "cache.cell=8"]
+    path = tmp_path / "recipe.toml"
+    path.write_text(load(ROOT / "recipes" / "quickstart.toml", sets).to_toml())  # as a run keeps it
+    assert load(path).cache.cell == 8
+    assert load(path, ["teachers.mode=online"]).cache is None
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

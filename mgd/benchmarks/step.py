@@ -22,6 +22,7 @@ from mgd.data.targets import FINE_CELL
 from mgd.errors import UserError
 from mgd.methods.base import StepOutput
 from mgd.methods.mgd import MGD, MGDConfig
+from mgd.models.backbones import feature_maps
 from mgd.models.segmenter import Segmenter, SegOutput, nameless_segmenter
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
@@ -261,7 +262,7 @@ def _nchw(network: nn.Module) -> nn.Module:
 
 
 def _forward(network: Segmenter, image: Tensor) -> SegOutput:
-    low, high = network.backbone((image.float() - network.mean) / network.std)
+    low, high = feature_maps(network.backbone, (image.float() - network.mean) / network.std)
     logits, features = network.head(low, high)
     return SegOutput(
         functional.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False), features

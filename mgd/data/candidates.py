@@ -8,7 +8,6 @@ import datasets
 
 from mgd.data.datasets import Folder, by_stem, table
 from mgd.data.partitions import split
-from mgd.data.stream import whole_pool
 from mgd.errors import UserError
 from mgd.sections import DataSection, Partition
 
@@ -35,9 +34,7 @@ class Candidates:
         """
         with_mask = {*self.labeled["id"], *chosen}
         held_out = self.section.held_out({*self.painted, *chosen}) if self.masks else []
-        pool = self.section.unlabeled
-        more = whole_pool(pool)["id"] if pool and not pool.streaming else []
-        unlabeled = {*self.images["id"], *more} - with_mask
+        unlabeled = {*self.images["id"]} - with_mask  # [data.unlabeled] joins by itself
         return sorted(with_mask.difference(held_out)), sorted(unlabeled), held_out
 
 

@@ -154,8 +154,8 @@ def _decode(name: str, value: dict | None) -> PIL.Image.Image:
     try:
         if value is None:
             raise ValueError("the table holds no image for it")
-        whole = value["bytes"] is not None
-        return to_rgb(decode(value) if whole else datasets.Image().decode_example(value))  # the latter reads urls
+        is_here = value["bytes"] is not None or Path(value["path"]).is_file()
+        return to_rgb(decode(value) if is_here else datasets.Image().decode_example(value))  # which reads urls
     except UNREADABLE as error:
         reason = re.sub(r" <_io.BytesIO object at \w+>", "", str(error))
         raise UserError(f"image {name} cannot be read: {reason}") from error

@@ -5,7 +5,7 @@ import textwrap
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mgd.errors import UserError
 
@@ -24,7 +24,7 @@ def build_backbone(
         multi_grid: dilations of the 3x3 convolutions in the blocks of a ResNet's last stage.
 
     Returns:
-        Module: `[B, 3, H, W]` -> list of `[B, C, H/4, W/4]` and `[B, C', H/s, W/s]`. It has timm's
+        Module for `feature_maps`: `[B, 3, H, W]` -> list of `[B, C, H/4, W/4]` and `[B, C', H/s, W/s]`. It has timm's
         `feature_info` and `pretrained_cfg`.
 
     Raises:
@@ -45,6 +45,22 @@ def build_backbone(
     if multi_grid:
         _apply_multi_grid(backbone, name, multi_grid)
     return backbone
+
+
+def feature_maps(backbone: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two maps of a backbone with their channels in the second place, where Swin's kind has them last.
+
+    Args:
+        backbone: of `build_backbone`.
+        pixels: `[B, 3, H, W]`, normalised.
+
+    Returns:
+        `[B, C, H/4, W/4]` and `[B, C', H/s, W/s]`.
+    """
+    low, high = backbone(pixels)
+    if getattr(backbone, "output_fmt", None) == "NHWC":
+        low, high = low.permute(0, 3, 1, 2), high.permute(0, 3, 1, 2)
+    return low, high
 
 
 def _create(name: str, output_stride: int, **options) -> nn.Module:

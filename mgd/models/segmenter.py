@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from mgd.errors import UserError, one_line
 from mgd.files import write_aside, write_json
-from mgd.models.backbones import build_backbone
+from mgd.models.backbones import build_backbone, feature_maps
 from mgd.models.card import short_card
 from mgd.models.saved import FORMAT, find_model, read_config
 from mgd.pictures import colorize, rescale, to_rgb, to_tensor, upright
@@ -130,10 +130,7 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             pixels = functional.pad(pixels, [0, right, 0, bottom])
         if not torch.compiler.is_exporting():  # a device's runtime chooses its own layout
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        low, high = self.backbone(pixels)
-        if getattr(self.backbone, "output_fmt", None) == "NHWC":  # Swin's kind
-            low, high = low.permute(0, 3, 1, 2), high.permute(0, 3, 1, 2)
-        return low, high
+        return feature_maps(self.backbone, pixels)
 
     def _missing(self, image: Tensor) -> tuple[int, int]:
         """Rows and columns that an image lacks to be a multiple of the output stride."""

@@ -8,9 +8,10 @@ import PIL.Image
 import pytest
 import torch
 
+from mgd.data.stream import _decode as decode_row
 from mgd.data.transforms import MEAN_COLOR, LabelDecoder, View, augment, draw_view
 from mgd.errors import UserError
-from mgd.pictures import decode, rescale, to_rgb
+from mgd.pictures import decode, rescale, to_rgb, upright
 
 
 def _coded(width, height):
@@ -142,7 +143,7 @@ def test_rows_that_are_needed_are_decoded_as_ever(kind, mode):
 
 
 @pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
 def test_a_turned_image_is_decoded_upright_and_whole(kind, orientation):
     image, _ = _noise(40, 30)
     exif = image.getexif()
@@ -153,6 +154,8 @@ def test_a_turned_image_is_decoded_upright_and_whole(kind, orientation):
     assert found.size == reference.size and (np.asarray(found) == np.asarray(reference)).all()
     if orientation not in (0, 9):
         assert found.getexif().get(0x0112, 1) == 1  # not to be turned again
+    opened = PIL.Image.open(io.BytesIO(value["bytes"]))  # not loaded yet
+    assert (np.asarray(upright(opened)) == np.asarray(reference)).all()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,7 @@ def test_a_turned_image_is_decoded_upright_and_whole(kind, orientation):
     [(0x0128, 5, 1, struct.pack("<II", 2, 1)), (0x0128, 2, 2, b"2\0\0\0"), (0x011A, 2, 3, b"72\0\0")],
     ids=["unit as a ratio", "unit as text", "resolution as text"],
 )
-def test_an_odd_entry_of_exif_costs_no_image(tag, kind, count, data):
+def test_an_odd_entry_of_exif_costs_no_image(tag, kind, count, data, tmp_path):
     """Such a one makes `PIL.ImageOps.exif_transpose` raise."""
     entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0")]
     entries.append(struct.pack("<HHI", tag, kind, count) + (data if len(data) == 4 else struct.pack("<I", 38)))
@@ -169,8 +172,11 @@ def test_an_odd_entry_of_exif_costs_no_image(tag, kind, count, data):
     value = _file(image, "JPEG", exif=exif)
     with pytest.raises((TypeError, struct.error)):
         datasets.Image().decode_example(value)
-    plain = decode(_file(image, "JPEG"))
-    assert (np.asarray(decode(value)) == np.asarray(plain.transpose(PIL.Image.Transpose.ROTATE_270))).all()
+    turned = np.asarray(decode(_file(image, "JPEG")).transpose(PIL.Image.Transpose.ROTATE_270))
+    (tmp_path / "x.jpg").write_bytes(value["bytes"])
+    in_place = {"bytes": None, "path": str(tmp_path / "x.jpg")}  # as streams of image folders have it
+    for found in (decode(value), decode_row("x", value), decode_row("x", in_place)):
+        assert (np.asarray(found) == turned).all()
 
 
 def test_an_interlaced_png_is_decoded_as_a_whole():
