@@ -26,7 +26,7 @@ LEARNING_RATE = 2e-3
 CLASS_BALANCE = 0.5
 LONG_TEACHERS = "under teachers that learnt from labels alone"
 UNDER_LONG = {
-    "mgd": "the student by MGD as published",
+    "mgd": "the student by MGD at the paper's weights",
     "kd": "the student by pixel-wise distillation from both teachers",
     "cwd": "the student by channel-wise distillation from both teachers",
     "pixel": "the student by the pixel term alone, rare classes weighted",
