@@ -280,7 +280,7 @@ def _targets(
     """Predict the `kinds` of one image `[1, 3, H, W]`; see mgd/data/targets.py for what they are."""
     size = image.shape[-2:]
     coarse = [-(-side // section.cell) for side in size]
-    sums, count = {"logits": 0.0, "features": 0.0} if "features" in kinds else {"logits": 0.0}, 0
+    sums, count = dict.fromkeys({"logits", *kinds & {"features"}}, 0.0), 0
     for view, mirrored in views(image, section.scales, section.flip):
         try:
             seen = network(view)
@@ -296,7 +296,7 @@ def _targets(
             ) from error
         maps = [value.flip(-1) if mirrored else value for value in seen]
         sums["logits"] += functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
-        if "features" in kinds:
+        if "features" in sums:
             sums["features"] += functional.interpolate(maps[1].float(), size=coarse, mode="area")
         count += 1
     means = {what: total / count for what, total in sums.items()}

@@ -86,6 +86,8 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
             "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
             f"anew: {recipe.command} --restart"
         )
+    if not there["masks"]:  # none is a file, or an older run: no need to read them
+        return done
     with contextlib.suppress(OSError):
         masks = _mask_sums(rows_of(splits.labeled, tuple(labeled)), rows_of(splits.val, tuple(val)))
         if painted := repainted(there["masks"], masks):

@@ -197,6 +197,6 @@ def note_other_data(
 
 
 def _image_keys(section: DataSection) -> list[str]:
-    """Keys of a reader that say which images there are, and their size; `unlabeled` adds more, others shape batches."""
+    """Keys of a reader that say which images the data set has, and their size; see `check_comparable` for the pool."""
     own = [key for key in type(section).model_fields if key not in DataSection.model_fields]
     return ["name", "image_scale", *own]

@@ -15,8 +15,13 @@ from mgd.errors import UserError
 
 # What PIL's decoders raise on files that are damaged or no images; the last two on entries of EXIF.
 UNREADABLE = (
-    *(OSError, SyntaxError, ValueError, RuntimeError, PIL.Image.DecompressionBombError),
-    *(struct.error, TypeError),
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    PIL.Image.DecompressionBombError,
+    struct.error,
+    TypeError,
 )
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,

@@ -160,11 +160,12 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
         if model is not None:
             table = _with_networks(model, table, name, errors) if name == "method" else raw.get(name, {})
             sections[name] = _validate(model, table, name, errors)
-    sections["teachers"], cached = _teachers(raw.get("teachers", {}), errors)
+    sections["teachers"], mode = _teachers(raw.get("teachers", {}), errors)
+    cached = mode == "cached"
     cache = _validate(TeacherCache, raw.get("cache", {}), "cache", errors)
     if cached:
         sections["cache"] = cache
-    elif "cache" in raw and not (isinstance(raw.get("teachers"), Mapping) and "mode" in raw["teachers"]):
+    elif "cache" in raw and mode is None:
         errors.append('[cache]: nothing reads it without [teachers] mode = "cached"; set that, or leave it out')
     if "reference" in raw:
         sections["reference"] = _validate(Reference, raw["reference"], "reference", errors)
@@ -186,20 +187,20 @@ def _raise_all(errors: Sequence[str], source: str) -> None:
         raise UserError("\n".join(f"{source}: {' '.join(line.splitlines())}" for line in errors))
 
 
-def _teachers(tables: Any, errors: list[str]) -> tuple[dict[str, Section | None], bool]:
-    """Check `[teachers]`; return its tables by name, and whether they are cached."""
+def _teachers(tables: Any, errors: list[str]) -> tuple[dict[str, Section | None], str | None]:
+    """Check `[teachers]`; return its tables by name, and its mode, where one is given."""
     if not isinstance(tables, Mapping):
         errors.append(f"[teachers]: must hold tables such as [teachers.deep], not {tables!r}")
-        return {}, False
-    mode = tables.get("mode", "online")
-    if mode not in ("online", "cached"):
+        return {}, None
+    mode = tables.get("mode")
+    if "mode" in tables and mode not in ("online", "cached"):
         errors.append(f'[teachers] mode: {mode!r}; choices: "online", "cached" (no teacher can be named mode)')
     found = {}
     for name, table in tables.items():
         if name != "mode":
             _check_name(name, "teachers", errors)
             found[name] = _validate(Teacher, table, f"teachers.{name}", errors)
-    return found, mode == "cached"
+    return found, mode
 
 
 def _check_name(name: str, where: str, errors: list[str]) -> None:
