@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,7 +25,7 @@ from mgd.files import read_json
 from mgd.models.segmenter import check_trainable
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
-from mgd.runs import finished_metrics
+from mgd.runs import find_partition, finished_metrics
 from mgd.sections import DataSection
 from mgd.tracking import check_tracker
 
@@ -250,6 +251,21 @@ def usable_val(splits: Splits, section: DataSection, accelerator: Accelerator) -
     if not good:
         raise UserError(f"[data] none of the {len(images)} validation images can be used")
     return dataclasses.replace(splits, val=rows_of(splits.val, good))
+
+
+def unseen_masks(splits: Splits, model: Path) -> datasets.Dataset:
+    """Return the training images that the run of a model folder saw without their masks, which the data has.
+
+    Raises:
+        UserError: the model belongs to no run, or there is no such image.
+    """
+    if (path := find_partition(model)) is None:
+        raise UserError(f"{model} has no partition.json beside it, which says what it was not shown; name a run folder")
+    unlabeled = set(read_json(path, ("unlabeled",))["unlabeled"])
+    names = tuple(name for name in splits.labeled["id"] if name in unlabeled)
+    if not names:
+        raise UserError(f"{path}: none of its {len(unlabeled)} unlabelled images has a mask in [data]")
+    return rows_of(splits.labeled, names)
 
 
 def usable_images(found: Candidates, accelerator: Accelerator) -> Candidates:

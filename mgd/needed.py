@@ -12,7 +12,7 @@ from mgd.files import read_json
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import Recipe, load
 from mgd.registry import METHODS
-from mgd.runs import recipe_differences
+from mgd.runs import find_partition, recipe_differences
 from mgd.sections import DataSection, Partition
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
@@ -180,11 +180,8 @@ def note_other_data(
                 f"note: [teachers.{name}] learned from images at {network.image_scale:g} of their size and sees these "
                 f"at {recipe.data.image_scale:g} ([data] image_scale)"
             )
-        folder = Path(recipe.teachers[name].checkpoint).resolve()
-        path = folder / "partition.json"
-        if not path.exists() and folder.name in ("model", "best"):
-            path = folder.parent / "partition.json"
-        if not path.exists():
+        path = find_partition(recipe.teachers[name].checkpoint)
+        if path is None:
             continue
         known = set(read_json(path, ("labeled",))["labeled"])
         if hidden := known.difference(labeled, val):

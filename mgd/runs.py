@@ -34,6 +34,13 @@ _FREE = {
 }
 
 
+def find_partition(model: str | Path) -> Path | None:
+    """Return `partition.json` of the run that a model folder belongs to (or is), or None of one without a run."""
+    folder = Path(model).resolve()
+    places = [folder, folder.parent] if folder.name in ("model", "best") else [folder]
+    return next((path for place in places if (path := place / "partition.json").is_file()), None)
+
+
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     """Return metrics.json of a finished run of this very recipe, or None.
 

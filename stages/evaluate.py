@@ -11,11 +11,12 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
+import dataclasses  # noqa: E402
 import functools  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, load_splits, usable_val  # noqa: E402
+from mgd.checks import check_classes, load_splits, unseen_masks, usable_val  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
@@ -26,10 +27,16 @@ from mgd.recipe import load  # noqa: E402
 
 
 def main() -> None:
-    """Evaluate one model on the val images of a recipe."""
+    """Evaluate one model on images of a recipe."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
-    flags.add_argument("--recipe", help="recipe whose val images are used; left out, the model's own")
+    flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
+    flags.add_argument(
+        "--split",
+        choices=("val", "unlabeled"),
+        default="val",
+        help="unlabeled: the training images that the run saw without their masks, where the data has these",
+    )
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
     flags.add_argument(
         "--save-predictions",
@@ -49,7 +56,10 @@ def main() -> None:
     recipe = load(source, args.set)
     accelerator = cli.start(recipe)
     network = load_segmenter(folder).to(accelerator.device)
-    splits = usable_val(load_splits(recipe.data), recipe.data, accelerator)
+    splits = load_splits(recipe.data)
+    if args.split == "unlabeled":
+        splits = dataclasses.replace(splits, val=unseen_masks(splits, folder))
+    splits = usable_val(splits, recipe.data, accelerator)
     check_classes(splits.classes, network, args.model)
     images = Images(splits.val, splits.decoder, recipe.data.image_scale)
     keep = None
@@ -64,7 +74,8 @@ def main() -> None:
     cli.print_table(accelerator, rows, args.json)
     if absent:
         accelerator.print(f"neither labelled nor predicted, left out of the mean: {', '.join(absent)}")
-    accelerator.print(f"{len(images)} val images, {recipe.eval.mode}, image_scale {recipe.data.image_scale}")
+    what = "val" if args.split == "val" else "unlabelled training"
+    accelerator.print(f"{len(images)} {what} images, {recipe.eval.mode}, image_scale {recipe.data.image_scale}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -8,10 +9,25 @@ import tomli_w
 from accelerate import Accelerator
 from conftest import TINY
 
+from mgd.checks import _load_splits
 from mgd.experiment import run_recipe
 from mgd.recipe import load
 
 SIZES = [(48, 48), (32, 32), (20, 27), (61, 90)]  # the window is 32: more than one, one, less, no multiple
+
+
+CLASSES = ["a", "b", "c", "never"]
+
+
+def folder_recipe(root, **sections):
+    """Write a recipe of the folders that `make_folder` makes in `root`, train and val."""
+    data = {"name": "folder", "root": str(root / "train"), "val_root": str(root / "val"), "classes": CLASSES}
+    data |= {"crop": 32, "scales": [1.0], "workers": 0}
+    run = TINY["run"] | {"output": str(root / "runs")}
+    optim = {"name": "adamw", "lr": 0.01, "batch_size": 4, "steps": 30}
+    path = root / "folder.toml"
+    path.write_text(tomli_w.dumps(TINY | {"run": run, "data": data, "optim": optim} | sections))
+    return path
 
 
 def make_folder(root, classes, random):
@@ -26,32 +42,31 @@ def make_folder(root, classes, random):
         PIL.Image.fromarray(mask).save(root / "masks" / f"{index}.png")
 
 
+def expected_ious(masks, predictions, sizes, classes):
+    """IoU in % of saved predictions, counted in numpy; `sizes`: file name -> height and width."""
+    inter, union = np.zeros(len(classes)), np.zeros(len(classes))
+    for name, size in sizes.items():
+        label, guess = (np.asarray(PIL.Image.open(folder / name)) for folder in (masks, predictions))
+        assert guess.shape == size
+        for k in range(len(classes)):
+            valid = label != 255
+            inter[k] += np.sum((label == k) & (guess == k))
+            union[k] += np.sum(((label == k) | (guess == k)) & valid)
+    return {name: 100 * inter[k] / union[k] if union[k] else math.nan for k, name in enumerate(classes)}
+
+
 def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path, run_here):
     random = np.random.default_rng(0)
     make_folder(tmp_path / "train", [0, 1, 2], random)
     make_folder(tmp_path / "val", [0, 1], random)
-    data = {"name": "folder", "root": str(tmp_path / "train"), "val_root": str(tmp_path / "val")}
-    data |= {"classes": ["a", "b", "c", "never"], "crop": 32, "scales": [1.0], "workers": 0}
-    run = TINY["run"] | {"output": str(tmp_path / "runs")}
-    optim = {"name": "adamw", "lr": 0.01, "batch_size": 4, "steps": 30}
-    path = tmp_path / "folder.toml"
-    path.write_text(tomli_w.dumps(TINY | {"run": run, "data": data, "optim": optim}))
-    run_recipe(load(path), Accelerator(cpu=True))
+    run_recipe(load(folder_recipe(tmp_path)), Accelerator(cpu=True))
     scored = run_here(
         *("evaluate.py", "--model", tmp_path / "runs" / "tiny", "--set", "eval.mode=slide"),
         *("--save-predictions", tmp_path / "out", "--json", tmp_path / "e.json"),
     )
     assert scored.returncode == 0, scored.stderr
-    inter, union = np.zeros(4), np.zeros(4)
-    for index, (height, width) in enumerate(SIZES):
-        label = np.asarray(PIL.Image.open(tmp_path / "val" / "masks" / f"{index}.png"))
-        guess = np.asarray(PIL.Image.open(tmp_path / "out" / f"{index}.png"))
-        assert guess.shape == (height, width)
-        for k in range(4):
-            valid = label != 255
-            inter[k] += np.sum((label == k) & (guess == k))
-            union[k] += np.sum(((label == k) | (guess == k)) & valid)
-    expected = {name: 100 * inter[k] / union[k] if union[k] else math.nan for k, name in enumerate(data["classes"])}
+    sizes = {f"{index}.png": size for index, size in enumerate(SIZES)}
+    expected = expected_ious(tmp_path / "val" / "masks", tmp_path / "out", sizes, CLASSES)
     rows = {row["class"]: row["IoU %"] for row in json.loads((tmp_path / "e.json").read_text())}
     absent = [name for name, value in expected.items() if math.isnan(value)]
     for name, value in expected.items():
@@ -65,3 +80,31 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
     assert refused.returncode == 2 and "files that are no predictions of ours" in refused.stderr
     assert painted == {path: path.read_bytes() for path in (tmp_path / "val" / "masks").iterdir()}
     assert f"left out of the mean: {', '.join(absent)}" in scored.stdout
+
+
+def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
+    recipe = folder_recipe(tmp_path, partition={"labeled": 2, "seed": 3})
+    run_recipe(load(recipe), Accelerator(cpu=True))
+    run = tmp_path / "runs" / "tiny"
+    flags = ("evaluate.py", "--model", run / "model", "--split", "unlabeled")
+    scored = run_here(*flags, "--save-predictions", tmp_path / "out", "--json", tmp_path / "e.json")
+    assert scored.returncode == 0, scored.stderr
+    assert "2 unlabelled training images" in scored.stdout
+    labeled = json.loads((run / "partition.json").read_text())["labeled"]
+    sizes = {f"{index}.png": size for index, size in enumerate(SIZES) if str(index) not in labeled}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == set(sizes) and len(sizes) == 2
+    expected = expected_ious(tmp_path / "train" / "masks", tmp_path / "out", sizes, CLASSES)
+    rows = {row["class"]: row["IoU %"] for row in json.loads((tmp_path / "e.json").read_text())}
+    assert rows["mean"] == pytest.approx(np.nanmean(list(expected.values())))
+
+    for index in range(len(SIZES)):
+        if str(index) not in labeled:
+            (tmp_path / "train" / "masks" / f"{index}.png").unlink()
+    _load_splits.cache_clear()  # another process would look at the folder anew
+    nothing = run_here(*flags)
+    assert nothing.returncode == 2 and "none of its 2 unlabelled images has a mask in [data]" in nothing.stderr
+    shutil.copytree(run / "model", tmp_path / "shipped")
+    shipped = run_here("evaluate.py", "--model", tmp_path / "shipped", "--split", "unlabeled")
+    assert shipped.returncode == 2 and "has no partition.json beside it" in shipped.stderr
