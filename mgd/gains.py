@@ -17,7 +17,7 @@ Run = tuple[Recipe, Mapping[str, Any]]
 """Recipe and metrics."""
 
 
-def gain(run: Run, runs: Iterable[Run]) -> float | None:
+def gain(run: Run, runs: Iterable[Run], of: str = "miou") -> float | None:
     """Return by how many points of mIoU a run is ahead of the supervised one of the same seeds.
 
     Seeds are compared one by one, as they may draw the labelled images, which moves all methods alike.
@@ -26,19 +26,21 @@ def gain(run: Run, runs: Iterable[Run]) -> float | None:
         run: whose gain.
         runs: where the supervised run is looked for: same student, data, labels, class balance, OHEM, evaluation,
             steps, batch and seed. Of several, that whose `[optim]` differs least.
+        of: which of the metrics is compared; runs without it are left out.
 
     Returns:
         None without such a run, and for a supervised run itself.
     """
     recipe, metrics = run
-    if recipe.method.name == "supervised":
+    if recipe.method.name == "supervised" or of not in metrics:
         return None
     wanted, budget = _common(run), _budget(recipe)
-    alike = [other for other in runs if other[0].method.name == "supervised" and _common(other) == wanted]
+    supervised = [other for other in runs if other[0].method.name == "supervised" and of in other[1]]
+    alike = [other for other in supervised if _common(other) == wanted]
     if not alike:
         return None
     nearest = min(alike, key=lambda other: sum(_budget(other[0])[key] != value for key, value in budget.items()))
-    return metrics["miou"] - nearest[1]["miou"]
+    return metrics[of] - nearest[1][of]
 
 
 def _common(run: Run) -> dict[str, Any]:

@@ -120,6 +120,8 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         try:
             recipe = load(folder / "recipe.toml")
             metrics = read_metrics(folder, recipe)
+            if (unseen := folder / "unlabeled.json").exists():
+                metrics["unlabeled_miou"] = float(read_json(unseen, ("miou",))["miou"])
             num_classes, crop = len(recipe.data.class_names()), recipe.data.crop
             counted = (recipe.student.model_dump_json(), num_classes, crop)  # many runs have the same network
             cost = costs.get(counted) or costs.setdefault(counted, model_costs(recipe.student, num_classes, crop))
@@ -153,8 +155,10 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         recipe, first, cost = cell.recipe, cell.runs[0][1], cell.cost
         best = [metrics["best_on_val"]["miou"] for _, metrics in cell.runs if metrics.get("best_on_val")]
-        ahead = [found for run in runs[cell.label] if (found := gain(run, supervised)) is not None]
-        ahead = ahead if len(ahead) == len(cell.runs) else []  # or it would be of other seeds than the mIoU
+        # Of all seeds or none, or they would be of others than the mIoU.
+        ahead = _of_all(gain(run, supervised) for run in runs[cell.label])
+        unseen = _of_all(metrics.get("unlabeled_miou") for _, metrics in cell.runs)
+        unseen_ahead = _of_all(gain(run, supervised, "unlabeled_miou") for run in runs[cell.label])
         rows.append(
             {
                 "run": cell.label,
@@ -174,6 +178,10 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "miou_by_seed": " ".join(f"{miou:.2f}" for miou in cell.mious),
                 "gain": statistics.mean(ahead) if ahead else None,
                 "gain_spread": statistics.stdev(ahead) if len(ahead) > 1 else None,
+                "unlabeled_miou": statistics.mean(unseen) if unseen else None,
+                "unlabeled_spread": statistics.stdev(unseen) if len(unseen) > 1 else None,
+                "unlabeled_gain": statistics.mean(unseen_ahead) if unseen_ahead else None,
+                "unlabeled_gain_spread": statistics.stdev(unseen_ahead) if len(unseen_ahead) > 1 else None,
                 "best_on_val": statistics.mean(best) if len(best) == len(cell.runs) else None,
                 "reference": recipe.reference.miou if recipe.reference else None,
                 "reference_source": recipe.reference.source if recipe.reference else None,
@@ -185,6 +193,11 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _of_all(found: Iterable[float | None]) -> list[float]:
+    values = list(found)
+    return [] if None in values else values
 
 
 def tables(cells: Sequence[Cell]) -> dict[str, list[dict[str, str]]]:

@@ -261,6 +261,28 @@ def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou:
         write_json(folder / "best" / "metrics.json", {"step": step, "miou": miou})
 
 
+def keep_unlabeled(model: Path, recipe: Recipe, miou: float, num_images: int) -> Path | None:
+    """Keep what a run's last weights score on its unlabelled images in `unlabeled.json`, for the report.
+
+    Args:
+        model: folder of the weights.
+        recipe: what they were scored with.
+        miou: in %.
+        num_images: that were scored.
+
+    Returns:
+        The file; None of other weights, or of another `[data]` or `[eval]` than the run's.
+    """
+    run = model.resolve().parent
+    if model.name != "model" or not (run / "recipe.toml").exists():
+        return None
+    there = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
+    if any(line.startswith(("data.", "eval.")) for line in recipe_differences(there, recipe)):
+        return None
+    write_json(run / "unlabeled.json", {"miou": miou, "num_images": num_images})
+    return run / "unlabeled.json"
+
+
 def best_so_far(folder: Path) -> dict[str, Any] | None:
     """Return step and val mIoU of what `keep_best` kept, or None."""
     path = folder / "best" / "metrics.json"

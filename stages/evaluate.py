@@ -24,6 +24,7 @@ from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
+from mgd.runs import keep_unlabeled  # noqa: E402
 
 
 def main() -> None:
@@ -76,6 +77,11 @@ def main() -> None:
         accelerator.print(f"neither labelled nor predicted, left out of the mean: {', '.join(absent)}")
     what = "val" if args.split == "val" else "unlabelled training"
     accelerator.print(f"{len(images)} {what} images, {recipe.eval.mode}, image_scale {recipe.data.image_scale}")
+    if args.split == "unlabeled" and accelerator.is_main_process:
+        kept = keep_unlabeled(folder, recipe, result.miou, len(images))
+        accelerator.print(
+            f"kept in {kept}, for stages/report.py" if kept else "not the run's own [data] and [eval]: not kept"
+        )
 
 
 if __name__ == "__main__":

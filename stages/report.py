@@ -28,6 +28,7 @@ from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of
 
 MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
+WHERE_KNOWN = ("unlabeled_miou", "unlabeled_spread", "unlabeled_gain", "unlabeled_gain_spread")
 
 
 def main() -> None:
@@ -51,10 +52,12 @@ def main() -> None:
     parts = ["val mIoU in % of the last weights: mean ± sample standard deviation (n seeds; reference, difference)"]
     for title, table in tables(cells).items():
         parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
-    narrow = [{key: value for key, value in row.items() if key not in ONLY_CSV} for row in rows]
+    unknown = [key for key in WHERE_KNOWN if all(row[key] is None for row in rows)]
+    narrow = [{key: value for key, value in row.items() if key not in (*ONLY_CSV, *unknown)} for row in rows]
     parts.append(
         "**All runs** (gain: over the supervised run of the same seeds, network, images, steps, batch, class balance "
-        f"and OHEM, mean and spread; best_on_val was chosen on the images that it is reported on)\n\n{markdown(narrow)}"
+        "and OHEM, mean and spread; unlabeled: of stages/evaluate.py --split unlabeled; best_on_val was chosen on the "
+        f"images that it is reported on)\n\n{markdown(narrow)}"
     )
     parts += [f"note: {line}" for line in remarks]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")

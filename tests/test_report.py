@@ -77,6 +77,23 @@ def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):
     assert rows_of(collect([tmp_path / "runs"])[0])[0]["gain"] is None  # it would not be of the seeds of the mIoU
 
 
+def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_path):
+    for seed, plain, better in ((0, 30.0, 31.5), (1, 34.0, 35.0)):
+        for name, unseen, method in (("plain", plain, "supervised"), ("cps", better, "cps")):
+            place = fake_run(name, seed, 50.0, method={"name": method})
+            (place / "unlabeled.json").write_text(json.dumps({"miou": unseen, "num_images": 8}))
+    fake_run("other", 0, 60.0, method={"name": "cps", "weight": 2.0})
+    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    assert (rows["cps"]["unlabeled_miou"], rows["cps"]["unlabeled_gain"], rows["cps"]["gain"]) == (33.25, 1.25, 0.0)
+    assert rows["cps"]["unlabeled_gain_spread"] == pytest.approx(np.std([1.5, 1.0], ddof=1))
+    assert rows["cps"]["unlabeled_spread"] == pytest.approx(np.std([31.5, 35.0], ddof=1))
+    assert rows["plain"]["unlabeled_miou"] == 32.0 and rows["plain"]["unlabeled_gain"] is None
+    assert rows["other"]["unlabeled_miou"] is None and rows["other"]["unlabeled_gain"] is None
+    (tmp_path / "runs" / "cps-s1" / "unlabeled.json").unlink()
+    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    assert rows["cps"]["unlabeled_miou"] is None and rows["cps"]["unlabeled_gain"] is None  # of fewer seeds than miou
+
+
 def test_own_data_sets_stand_in_tables_of_their_own(fake_run, tmp_path):
     for name in ("leaves", "roads"):
         path = fake_run(name, 0, 50.0) / "recipe.toml"

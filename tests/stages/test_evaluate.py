@@ -98,6 +98,11 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     expected = expected_ious(tmp_path / "train" / "masks", tmp_path / "out", sizes, CLASSES)
     rows = {row["class"]: row["IoU %"] for row in json.loads((tmp_path / "e.json").read_text())}
     assert rows["mean"] == pytest.approx(np.nanmean(list(expected.values())))
+    kept = json.loads((run / "unlabeled.json").read_text())
+    assert kept == {"miou": pytest.approx(rows["mean"]), "num_images": 2}
+    (run / "unlabeled.json").unlink()
+    otherwise = run_here(*flags, "--set", "eval.flip=true")
+    assert otherwise.returncode == 0 and "not kept" in otherwise.stdout and not (run / "unlabeled.json").exists()
 
     for index in range(len(SIZES)):
         if str(index) not in labeled:
