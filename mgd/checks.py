@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -20,12 +19,13 @@ from mgd.data.loaders import Images, per_process
 from mgd.data.partitions import Split, repainted, split
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity, whole_pool
+from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
 from mgd.files import read_json
 from mgd.models.segmenter import check_trainable
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
-from mgd.runs import find_partition, finished_metrics
+from mgd.runs import finished_metrics
 from mgd.sections import DataSection
 from mgd.tracking import check_tracker
 
@@ -239,33 +239,31 @@ def _read_all(
     return problems, sum(share.pixels for share in shares)
 
 
-def usable_val(splits: Splits, section: DataSection, accelerator: Accelerator) -> Splits:
-    """Return the data without the validation images that cannot be used, if the recipe says to skip them."""
+def usable(
+    source: datasets.Dataset, decoder: LabelDecoder, section: DataSection, what: str, accelerator: Accelerator
+) -> datasets.Dataset:
+    """Return images with masks without those that cannot be used, if the recipe says to skip them.
+
+    Args:
+        source: the images.
+        decoder: of their masks.
+        section: the recipe's `[data]`.
+        what: to call them in messages.
+        accelerator: each process reads its share.
+
+    Raises:
+        UserError: none is left.
+    """
     if section.on_error == "raise":
-        return splits
-    images = Images(splits.val, splits.decoder, section.image_scale)
-    problems, _ = _read_all(images, True, "validation", section, accelerator)
+        return source
+    images = Images(source, decoder, section.image_scale)
+    problems, _ = _read_all(images, True, what, section, accelerator)
     if problems:
         _answer_problems(list(problems.values()), section, accelerator)
     good = tuple(name for name in images.ids if name not in problems)
     if not good:
-        raise UserError(f"[data] none of the {len(images)} validation images can be used")
-    return dataclasses.replace(splits, val=rows_of(splits.val, good))
-
-
-def unseen_masks(splits: Splits, model: Path) -> datasets.Dataset:
-    """Return the training images that the run of a model folder saw without their masks, which the data has.
-
-    Raises:
-        UserError: the model belongs to no run, or there is no such image.
-    """
-    if (path := find_partition(model)) is None:
-        raise UserError(f"{model} has no partition.json beside it, which says what it was not shown; name a run folder")
-    unlabeled = set(read_json(path, ("unlabeled",))["unlabeled"])
-    names = tuple(name for name in splits.labeled["id"] if name in unlabeled)
-    if not names:
-        raise UserError(f"{path}: none of its {len(unlabeled)} unlabelled images has a mask in [data]")
-    return rows_of(splits.labeled, names)
+        raise UserError(f"[data] none of the {len(images)} {what} images can be used")
+    return rows_of(source, good)
 
 
 def usable_images(found: Candidates, accelerator: Accelerator) -> Candidates:

@@ -26,20 +26,22 @@ def gain(run: Run, runs: Iterable[Run], of: str = "miou") -> float | None:
         run: whose gain.
         runs: where the supervised run is looked for: same student, data, labels, class balance, OHEM, evaluation,
             steps, batch and seed. Of several, that whose `[optim]` differs least.
-        of: which of the metrics is compared; runs without it are left out.
+        of: what is compared, `miou` or `unlabeled_miou`.
 
     Returns:
-        None without such a run, and for a supervised run itself.
+        None without such a run, and for a supervised run itself; of `unlabeled_miou` also where one of both has
+        none, or of other images.
     """
     recipe, metrics = run
     if recipe.method.name == "supervised" or of not in metrics:
         return None
     wanted, budget = _common(run), _budget(recipe)
-    supervised = [other for other in runs if other[0].method.name == "supervised" and of in other[1]]
-    alike = [other for other in supervised if _common(other) == wanted]
+    alike = [other for other in runs if other[0].method.name == "supervised" and _common(other) == wanted]
     if not alike:
         return None
     nearest = min(alike, key=lambda other: sum(_budget(other[0])[key] != value for key, value in budget.items()))
+    if of not in nearest[1] or (of != "miou" and nearest[1]["unlabeled_images"] != metrics["unlabeled_images"]):
+        return None
     return metrics[of] - nearest[1][of]
 
 

@@ -8,12 +8,12 @@ from torch import nn
 
 from mgd.checks import finished
 from mgd.errors import UserError
-from mgd.files import read_json
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import Recipe, load
 from mgd.registry import METHODS
-from mgd.runs import find_partition, recipe_differences
-from mgd.sections import DataSection, Partition
+from mgd.runs import recipe_differences
+from mgd.sections import Partition
+from mgd.unseen import find_partition, read_ids
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
@@ -86,7 +86,7 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
         UserError: a key that must agree does not, naming it and both values.
     """
     agree = [("partition", key) for key in Partition.model_fields]
-    agree += [("data", key) for key in _image_keys(recipe.data)]
+    agree += [("data", key) for key in ("name", "image_scale", *type(recipe.data).image_keys())]
     if METHODS.get(other.method.name).uses_unlabeled:
         agree.append(("data", "unlabeled"))
     if is_baseline:
@@ -183,7 +183,7 @@ def note_other_data(
         path = find_partition(recipe.teachers[name].checkpoint)
         if path is None:
             continue
-        known = set(read_json(path, ("labeled",))["labeled"])
+        known = read_ids(path, "labeled")
         if hidden := known.difference(labeled, val):
             say(f"note: [teachers.{name}] learned from {len(hidden)} labels that this run does not see")
         if leaked := known.intersection(val):
@@ -191,9 +191,3 @@ def note_other_data(
                 f"note: [teachers.{name}] learned from the labels of {len(leaked)} of the validation images; a student "
                 "of it cannot be judged on them"
             )
-
-
-def _image_keys(section: DataSection) -> list[str]:
-    """Keys of a reader that say which images the data set has, and their size; see `check_comparable` for the pool."""
-    own = [key for key in type(section).model_fields if key not in DataSection.model_fields]
-    return ["name", "image_scale", *own]

@@ -16,6 +16,7 @@ from mgd.files import read_json
 from mgd.gains import gain
 from mgd.recipe import Recipe, load
 from mgd.runs import read_metrics, shaping_keys
+from mgd.unseen import read_unlabeled
 
 # What may differ between two runs of one cell: the seed, what follows from it, and where the data lies.
 _OF_ONE_RUN = ("run.name", "run.seed", "partition.seed", "partition.root")
@@ -73,7 +74,7 @@ class Cell:
     @property
     def spread(self) -> float | None:
         """Sample standard deviation over the seeds; None of a single one."""
-        return statistics.stdev(self.mious) if len(self.runs) > 1 else None
+        return _spread(self.mious)
 
     @property
     def of_teacher(self) -> float | None:
@@ -120,14 +121,16 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         try:
             recipe = load(folder / "recipe.toml")
             metrics = read_metrics(folder, recipe)
-            if (unseen := folder / "unlabeled.json").exists():
-                metrics["unlabeled_miou"] = float(read_json(unseen, ("miou",))["miou"])
             num_classes, crop = len(recipe.data.class_names()), recipe.data.crop
             counted = (recipe.student.model_dump_json(), num_classes, crop)  # many runs have the same network
             cost = costs.get(counted) or costs.setdefault(counted, model_costs(recipe.student, num_classes, crop))
         except UserError as error:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
             continue
+        try:
+            metrics |= read_unlabeled(folder)
+        except UserError as error:
+            left_out.append(str(error))
         label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
         shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key, recipe)}
         counts = [metrics["num_labeled"], metrics["num_val"]]  # the same recipe may have met other images
@@ -154,11 +157,12 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     rows = []
     for cell in cells:
         recipe, first, cost = cell.recipe, cell.runs[0][1], cell.cost
-        best = [metrics["best_on_val"]["miou"] for _, metrics in cell.runs if metrics.get("best_on_val")]
+        best = _of_all((metrics.get("best_on_val") or {}).get("miou") for _, metrics in cell.runs)
         # Of all seeds or none, or they would be of others than the mIoU.
         ahead = _of_all(gain(run, supervised) for run in runs[cell.label])
-        unseen = _of_all(metrics.get("unlabeled_miou") for _, metrics in cell.runs)
-        unseen_ahead = _of_all(gain(run, supervised, "unlabeled_miou") for run in runs[cell.label])
+        one_set = len({metrics.get("unlabeled_images") for _, metrics in cell.runs}) == 1
+        unseen = _of_all(metrics.get("unlabeled_miou") if one_set else None for _, metrics in cell.runs)
+        unseen_ahead = _of_all(gain(run, supervised, "unlabeled_miou") for run in runs[cell.label]) if unseen else []
         rows.append(
             {
                 "run": cell.label,
@@ -176,13 +180,13 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "miou": cell.mean,
                 "spread": cell.spread,
                 "miou_by_seed": " ".join(f"{miou:.2f}" for miou in cell.mious),
-                "gain": statistics.mean(ahead) if ahead else None,
-                "gain_spread": statistics.stdev(ahead) if len(ahead) > 1 else None,
-                "unlabeled_miou": statistics.mean(unseen) if unseen else None,
-                "unlabeled_spread": statistics.stdev(unseen) if len(unseen) > 1 else None,
-                "unlabeled_gain": statistics.mean(unseen_ahead) if unseen_ahead else None,
-                "unlabeled_gain_spread": statistics.stdev(unseen_ahead) if len(unseen_ahead) > 1 else None,
-                "best_on_val": statistics.mean(best) if len(best) == len(cell.runs) else None,
+                "gain": _mean(ahead),
+                "gain_spread": _spread(ahead),
+                "unlabeled_miou": _mean(unseen),
+                "unlabeled_spread": _spread(unseen),
+                "unlabeled_gain": _mean(unseen_ahead),
+                "unlabeled_gain_spread": _spread(unseen_ahead),
+                "best_on_val": _mean(best),
                 "reference": recipe.reference.miou if recipe.reference else None,
                 "reference_source": recipe.reference.source if recipe.reference else None,
                 "difference": cell.mean - recipe.reference.miou if recipe.reference else None,
@@ -198,6 +202,14 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _of_all(found: Iterable[float | None]) -> list[float]:
     values = list(found)
     return [] if None in values else values
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def tables(cells: Sequence[Cell]) -> dict[str, list[dict[str, str]]]:

@@ -26,19 +26,15 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
+UNLABELED = "unlabeled.json"
+"""In a run folder, what it scores on its unlabelled images; see mgd/unseen.py."""
+
 # Keys of a recipe that change how a run is done, not what comes out.
 _FREE = {
     *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "run.tracker"),
     *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
     *("reference.miou", "reference.source"),
 }
-
-
-def find_partition(model: str | Path) -> Path | None:
-    """Return `partition.json` of the run that a model folder belongs to (or is), or None of one without a run."""
-    folder = Path(model).resolve()
-    places = [folder, folder.parent] if folder.name in ("model", "best") else [folder]
-    return next((path for place in places if (path := place / "partition.json").is_file()), None)
 
 
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
@@ -209,6 +205,9 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
                 f"{path}: masks have changed since this run began: {some(painted)}; put them back, or start over: "
                 f"{recipe.command} --restart"
             )
+    else:  # it begins anew, and what is there was another training's
+        (folder / UNLABELED).unlink(missing_ok=True)
+        shutil.rmtree(folder / "best", ignore_errors=True)
     write_text(folder / "recipe.toml", recipe.to_toml())
     write_json(path, manifest)
 
@@ -259,28 +258,6 @@ def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou:
     if there is None or miou > there["miou"]:
         save_model(folder / "best", network, recipe)
         write_json(folder / "best" / "metrics.json", {"step": step, "miou": miou})
-
-
-def keep_unlabeled(model: Path, recipe: Recipe, miou: float, num_images: int) -> Path | None:
-    """Keep what a run's last weights score on its unlabelled images in `unlabeled.json`, for the report.
-
-    Args:
-        model: folder of the weights.
-        recipe: what they were scored with.
-        miou: in %.
-        num_images: that were scored.
-
-    Returns:
-        The file; None of other weights, or of another `[data]` or `[eval]` than the run's.
-    """
-    run = model.resolve().parent
-    if model.name != "model" or not (run / "recipe.toml").exists():
-        return None
-    there = tomllib.loads((run / "recipe.toml").read_text(encoding="utf-8"))
-    if any(line.startswith(("data.", "eval.")) for line in recipe_differences(there, recipe)):
-        return None
-    write_json(run / "unlabeled.json", {"miou": miou, "num_images": num_images})
-    return run / "unlabeled.json"
 
 
 def best_so_far(folder: Path) -> dict[str, Any] | None:

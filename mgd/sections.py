@@ -100,6 +100,11 @@ class DataSection(Section):
     on_error: Literal["raise", "skip"] = "raise"
     """An image or mask that cannot be used ends the run before it starts, or is left out and listed."""
 
+    @classmethod
+    def image_keys(cls) -> list[str]:
+        """Keys of a reader that say which images the data set has, beside its name and the pool's."""
+        return [key for key in cls.model_fields if key not in DataSection.model_fields]
+
 
 class Partition(Section):
     """`[partition]`: which training images are labelled."""

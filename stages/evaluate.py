@@ -11,12 +11,11 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
-import dataclasses  # noqa: E402
 import functools  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, load_splits, unseen_masks, usable_val  # noqa: E402
+from mgd.checks import check_classes, load_splits, usable  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
@@ -24,7 +23,7 @@ from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.runs import keep_unlabeled  # noqa: E402
+from mgd.unseen import keep_unlabeled, unseen_masks  # noqa: E402
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
         "--split",
         choices=("val", "unlabeled"),
         default="val",
-        help="unlabeled: the training images that the run saw without their masks, where the data has these",
+        help="unlabeled: the training images that the run had without their masks, where the data has these",
     )
     flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
     flags.add_argument(
@@ -58,11 +57,12 @@ def main() -> None:
     accelerator = cli.start(recipe)
     network = load_segmenter(folder).to(accelerator.device)
     splits = load_splits(recipe.data)
-    if args.split == "unlabeled":
-        splits = dataclasses.replace(splits, val=unseen_masks(splits, folder))
-    splits = usable_val(splits, recipe.data, accelerator)
     check_classes(splits.classes, network, args.model)
-    images = Images(splits.val, splits.decoder, recipe.data.image_scale)
+    what, source = "validation", splits.val
+    if args.split == "unlabeled":
+        what, source = "unlabelled training", unseen_masks(splits, folder, recipe, accelerator.print)
+    source = usable(source, splits.decoder, recipe.data, what, accelerator)
+    images = Images(source, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
         mark_predictions(Path(args.save_predictions), folder, len(images))
@@ -75,13 +75,9 @@ def main() -> None:
     cli.print_table(accelerator, rows, args.json)
     if absent:
         accelerator.print(f"neither labelled nor predicted, left out of the mean: {', '.join(absent)}")
-    what = "val" if args.split == "val" else "unlabelled training"
     accelerator.print(f"{len(images)} {what} images, {recipe.eval.mode}, image_scale {recipe.data.image_scale}")
     if args.split == "unlabeled" and accelerator.is_main_process:
-        kept = keep_unlabeled(folder, recipe, result.miou, len(images))
-        accelerator.print(
-            f"kept in {kept}, for stages/report.py" if kept else "not the run's own [data] and [eval]: not kept"
-        )
+        print(keep_unlabeled(folder, recipe, result, len(images)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of
 
 MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
-WHERE_KNOWN = ("unlabeled_miou", "unlabeled_spread", "unlabeled_gain", "unlabeled_gain_spread")
+UNLABELED = ("unlabeled_miou", "unlabeled_spread", "unlabeled_gain", "unlabeled_gain_spread")
 
 
 def main() -> None:
@@ -52,12 +52,13 @@ def main() -> None:
     parts = ["val mIoU in % of the last weights: mean ± sample standard deviation (n seeds; reference, difference)"]
     for title, table in tables(cells).items():
         parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
-    unknown = [key for key in WHERE_KNOWN if all(row[key] is None for row in rows)]
+    unknown = () if any(row["unlabeled_miou"] is not None for row in rows) else UNLABELED
     narrow = [{key: value for key, value in row.items() if key not in (*ONLY_CSV, *unknown)} for row in rows]
+    legend = "" if unknown else "unlabeled: of stages/evaluate.py --split unlabeled; "
     parts.append(
         "**All runs** (gain: over the supervised run of the same seeds, network, images, steps, batch, class balance "
-        "and OHEM, mean and spread; unlabeled: of stages/evaluate.py --split unlabeled; best_on_val was chosen on the "
-        f"images that it is reported on)\n\n{markdown(narrow)}"
+        f"and OHEM, mean and spread; {legend}best_on_val was chosen on the images that it is reported on)\n\n"
+        f"{markdown(narrow)}"
     )
     parts += [f"note: {line}" for line in remarks]
     write_text(folder / "report.md", "\n\n".join(parts) + "\n")

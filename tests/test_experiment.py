@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -407,3 +408,17 @@ def test_a_compiled_run_learns_the_same(write_recipe, tmp_path):
         for name in ("cFalse", "cTrue")
     )
     assert plain[:3] == pytest.approx(ours[:3], rel=1e-3)
+
+
+def test_a_training_that_begins_anew_keeps_no_score_of_the_one_before(write_recipe):
+    path = write_recipe()
+    folder = load(path).run_dir
+    run_recipe(load(path), Accelerator(cpu=True))
+    (folder / "unlabeled.json").write_text('{"miou": 1.0, "num_images": 8}')
+    (folder / "best").mkdir()
+    (folder / "best" / "metrics.json").write_text('{"step": 1, "miou": 99.0}')
+    (folder / "metrics.json").unlink()
+    shutil.rmtree(folder / "checkpoint")
+    again = run_recipe(load(path, ["partition.labeled=6"]), Accelerator(cpu=True))
+    assert again["num_labeled"] == 6 and again["best_on_val"] is None
+    assert not (folder / "unlabeled.json").exists() and not (folder / "best").exists()

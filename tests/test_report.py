@@ -89,9 +89,36 @@ def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_pat
     assert rows["cps"]["unlabeled_spread"] == pytest.approx(np.std([31.5, 35.0], ddof=1))
     assert rows["plain"]["unlabeled_miou"] == 32.0 and rows["plain"]["unlabeled_gain"] is None
     assert rows["other"]["unlabeled_miou"] is None and rows["other"]["unlabeled_gain"] is None
-    (tmp_path / "runs" / "cps-s1" / "unlabeled.json").unlink()
+    for seed, miou in ((0, 50.0), (1, 50.0)):  # nearer, but not scored: no gain is better than that over a farther one
+        fake_run("near", seed, miou, optim={"momentum": 0.5})
+        fake_run("cps_near", seed, 51.0, method={"name": "cps"}, optim={"momentum": 0.5})
+        (tmp_path / "runs" / f"cps_near-s{seed}" / "unlabeled.json").write_text('{"miou": 40.0, "num_images": 8}')
+    row = next(row for row in rows_of(collect([tmp_path / "runs"])[0]) if row["run"] == "cps_near")
+    assert (row["gain"], row["unlabeled_miou"], row["unlabeled_gain"]) == (1.0, 40.0, None)
+
+
+def test_scores_of_other_unlabelled_images_are_not_compared(fake_run, tmp_path):
+    for seed in (0, 1):
+        for name, method in (("plain", "supervised"), ("cps", "cps")):
+            place = fake_run(name, seed, 50.0, method={"name": method})
+            (place / "unlabeled.json").write_text(json.dumps({"miou": 30.0, "num_images": 8}))
+    changed = tmp_path / "runs" / "plain-s1" / "unlabeled.json"
+    changed.write_text(json.dumps({"miou": 30.0, "num_images": 7}))
     rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
-    assert rows["cps"]["unlabeled_miou"] is None and rows["cps"]["unlabeled_gain"] is None  # of fewer seeds than miou
+    assert rows["plain"]["unlabeled_miou"] is None
+    assert rows["cps"]["unlabeled_miou"] == 30.0 and rows["cps"]["unlabeled_gain"] is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["{", "[1]", '{"num_images": 8}', *(f'{{"miou": {x}, "num_images": 8}}' for x in ('"50"', "null", "NaN", "101"))],
+)
+def test_a_damaged_score_of_unlabelled_images_costs_no_run(fake_run, tmp_path, damage):
+    place = fake_run("plain", 0, 50.0)
+    (place / "unlabeled.json").write_text(damage)
+    cells, left_out = collect([tmp_path / "runs"])
+    assert rows_of(cells)[0]["miou"] == 50.0 and rows_of(cells)[0]["unlabeled_miou"] is None
+    assert len(left_out) == 1 and "is damaged; score the run again" in left_out[0]
 
 
 def test_own_data_sets_stand_in_tables_of_their_own(fake_run, tmp_path):

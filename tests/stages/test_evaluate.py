@@ -85,7 +85,7 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
 def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     for part in ("train", "val"):
         make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
-    recipe = folder_recipe(tmp_path, partition={"labeled": 2, "seed": 3})
+    recipe = folder_recipe(tmp_path, partition={"labeled": 2, "seed": 3}, eval={"every": 15})
     run_recipe(load(recipe), Accelerator(cpu=True))
     run = tmp_path / "runs" / "tiny"
     flags = ("evaluate.py", "--model", run / "model", "--split", "unlabeled")
@@ -101,15 +101,43 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     kept = json.loads((run / "unlabeled.json").read_text())
     assert kept == {"miou": pytest.approx(rows["mean"]), "num_images": 2}
     (run / "unlabeled.json").unlink()
-    otherwise = run_here(*flags, "--set", "eval.flip=true")
-    assert otherwise.returncode == 0 and "not kept" in otherwise.stdout and not (run / "unlabeled.json").exists()
+    for override in ("eval.flip=true", "data.image_scale=0.5"):
+        otherwise = run_here(*flags, "--set", override)
+        assert otherwise.returncode == 0 and f"not kept: {override.split('=')[0]}" in otherwise.stdout
+    best = run_here("evaluate.py", "--model", run / "best", "--split", "unlabeled")
+    assert best.returncode == 0 and "not kept: not the last weights of the run" in best.stdout
+    assert not (run / "unlabeled.json").exists()
+    elsewhere = run_here(
+        *flags, "--set", f"data.root={tmp_path / 'val'}", "--set", f"data.val_root={tmp_path / 'train'}"
+    )
+    assert elsewhere.returncode == 2 and "which masks it had is known of its own data only" in elsewhere.stderr
+    (run / "metrics.json").rename(run / "aside.json")
+    unfinished = run_here(*flags)
+    assert unfinished.returncode == 2 and "a run that is not finished" in unfinished.stderr
+    (run / "aside.json").rename(run / "metrics.json")
 
     for index in range(len(SIZES)):
         if str(index) not in labeled:
             (tmp_path / "train" / "masks" / f"{index}.png").unlink()
     _load_splits.cache_clear()  # another process would look at the folder anew
     nothing = run_here(*flags)
-    assert nothing.returncode == 2 and "none of its 2 unlabelled images has a mask in [data]" in nothing.stderr
+    assert nothing.returncode == 2 and "had no image without its mask of which [data] has one" in nothing.stderr
     shutil.copytree(run / "model", tmp_path / "shipped")
     shipped = run_here("evaluate.py", "--model", tmp_path / "shipped", "--split", "unlabeled")
     assert shipped.returncode == 2 and "has no partition.json beside it" in shipped.stderr
+
+
+def test_masks_that_a_teacher_given_by_its_weights_learned_from_are_left_out(tmp_path, run_here):
+    for part in ("train", "val"):
+        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
+    run = {"output": str(tmp_path / "runs"), "name": "teacher", "threads": 1}
+    run_recipe(load(folder_recipe(tmp_path, partition={"labeled": 3, "seed": 0}, run=run)), Accelerator(cpu=True))
+    method = {"name": "kd", "distill_from": ["deep"]}
+    teachers = {"deep": {"checkpoint": str(tmp_path / "runs" / "teacher")}}
+    student = folder_recipe(tmp_path, partition={"labeled": 1, "seed": 0}, method=method, teachers=teachers)
+    trained = run_here("distill.py", "--recipe", student)
+    assert trained.returncode == 0, trained.stderr
+    scored = run_here("evaluate.py", "--model", tmp_path / "runs" / "tiny", "--split", "unlabeled")
+    assert scored.returncode == 0, scored.stderr
+    assert "note: 2 images are left out, as [teachers.deep] learned from their masks" in scored.stdout
+    assert "1 unlabelled training images" in scored.stdout

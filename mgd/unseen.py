@@ -1,0 +1,117 @@
+"""What a run scores on the training images that it had without their masks."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from mgd.checks import rows_of
+from mgd.data.datasets import Splits
+from mgd.errors import UserError
+from mgd.files import read_json, write_json
+from mgd.metrics import Scores
+from mgd.recipe import Recipe, load
+from mgd.runs import UNLABELED, recipe_differences
+
+
+def find_partition(model: str | Path) -> Path | None:
+    """Return `partition.json` of the run that a model folder belongs to (or is), or None of one without a run."""
+    folders = [Path(model), Path(model).resolve()]  # a run's model/ may be a link to elsewhere
+    folders += [folder.parent for folder in folders if folder.name in ("model", "best")]
+    return next((path for folder in folders if (path := folder / "partition.json").is_file()), None)
+
+
+def read_ids(path: Path, key: str) -> set[str]:
+    """Return a list of images of `partition.json`.
+
+    Raises:
+        UserError: it cannot be read, or is no such list.
+    """
+    ids = read_json(path, (key,))[key]
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise UserError(f"{path} is damaged: {key} is no list of images")
+    return set(ids)
+
+
+def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str], None]) -> datasets.Dataset:
+    """Return the training images that the run of a model folder had without their masks, which the data has.
+
+    Args:
+        splits: the data.
+        model: the folder.
+        recipe: whose data that is.
+        say: prints a line.
+
+    Raises:
+        UserError: the model belongs to no finished run, that run had other data, or there is no such image.
+    """
+    if (path := find_partition(model)) is None:
+        raise UserError(f"{model} has no partition.json beside it, which says what it was not shown; name a run folder")
+    run = path.parent
+    if not (run / "metrics.json").exists():
+        raise UserError(f"{run}: a run that is not finished; its command goes on with it")
+    own = load(run / "recipe.toml")
+    keys = {"name", *type(own.data).image_keys()} - ({"root"} if type(own.data).same_everywhere else set())
+    mine, theirs = recipe.to_dict()["data"], own.to_dict()["data"]
+    if other := sorted(key for key in keys if mine.get(key) != theirs.get(key)):
+        raise UserError(
+            f"[data] {other[0]} = {mine.get(other[0])!r}, but {theirs.get(other[0])!r} in {run}/recipe.toml; which "
+            "masks it had is known of its own data only"
+        )
+    names = read_ids(path, "unlabeled").intersection(splits.labeled["id"])
+    for name, teacher in own.teachers.items():
+        found = find_partition(teacher.checkpoint) if teacher.checkpoint else None
+        if found and (shown := names & read_ids(found, "labeled")):
+            say(f"note: {len(shown)} images are left out, as [teachers.{name}] learned from their masks")
+            names -= shown
+    if not names:
+        raise UserError(f"{run} had no image without its mask of which [data] has one")
+    return rows_of(splits.labeled, tuple(names))
+
+
+def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, num_images: int) -> str:
+    """Keep what a run's last weights score on those images in `unlabeled.json`, for the report.
+
+    Args:
+        model: folder of the weights.
+        recipe: what they were scored with.
+        scores: of all images.
+        num_images: that were scored.
+
+    Returns:
+        A line that says whether that was done.
+    """
+    run = find_partition(model).parent
+    differences = recipe_differences(load(run / "recipe.toml").to_dict(), recipe)
+    if model.resolve() != (run / "model").resolve():
+        return "not kept: not the last weights of the run"
+    if other := [line for line in differences if line.startswith(("eval.", "data.crop", "data.image_scale"))]:
+        return f"not kept: {other[0]}"
+    if not math.isfinite(scores.miou):
+        return "not kept: no labelled pixel"
+    try:
+        write_json(run / UNLABELED, {"miou": scores.miou, "num_images": num_images})
+    except UserError as error:
+        return f"not kept: {error}"
+    return f"kept in {run / UNLABELED}, for stages/report.py"
+
+
+def read_unlabeled(run: Path) -> dict[str, Any]:
+    """Return what `keep_unlabeled` kept: `unlabeled_miou` and `unlabeled_images`; nothing of a run without it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run / UNLABELED
+    if not path.exists():
+        return {}
+    try:
+        found = read_json(path, ("miou", "num_images"))
+        miou, num_images = found["miou"], found["num_images"]
+        if type(miou) in (int, float) and 0 <= miou <= 100 and type(num_images) is int:
+            return {"unlabeled_miou": float(miou), "unlabeled_images": num_images}
+    except UserError:
+        pass
+    raise UserError(f"{path} is damaged; score the run again: stages/evaluate.py --model {run} --split unlabeled")
