@@ -30,11 +30,12 @@ UNDER_LONG = {
     "kd": "the student by pixel-wise distillation from both teachers",
     "cwd": "the student by channel-wise distillation from both teachers",
     "pixel": "the student by the pixel term alone, rare classes weighted",
+    "weighted": "the student by MGD with a tenth of the paper's lambda2, rare classes weighted in the pixel term",
 }
+PIXEL_BALANCE = f"class_balance = {CLASS_BALANCE}  # rare classes count more in the teachers' labels, too\n"
 # L_P alone, in which rare classes count as much more as in the supervised loss.
 PIXEL = (
-    f'[method]\nname = "mgd"\n\n[method.pixel]\nteachers = {paper.BOTH}\non = ["labeled", "unlabeled"]\n'
-    f"class_balance = {CLASS_BALANCE}  # rare classes count more in the teachers' labels, too\n"
+    f'[method]\nname = "mgd"\n\n[method.pixel]\nteachers = {paper.BOTH}\non = ["labeled", "unlabeled"]\n{PIXEL_BALANCE}'
 )
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
 # student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 56 % of
@@ -131,6 +132,7 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
             yield _recipe(size, share, network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
         recipes = _teachers(size, share, "_long")
         bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")} | {"pixel": PIXEL}
+        bodies["weighted"] = _weighted(bodies["mgd"])
         teachers = "".join(paper.teacher(*named) for named in recipes.items())
         for method, body in bodies.items():
             tail = "_long" if method == "mgd" else f"_long_{method}"
@@ -143,6 +145,13 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
         body = paper.METHOD["cwd"].replace(paper.BOTH, f'["{key}"]')
         note = f"the student by channel-wise distillation from one teacher, {key}, that learnt from labels alone"
         yield _recipe(size, "1/16", "lite0", f"_long_cwd_{key}", note, paper.teacher(key, recipe) + body)
+
+
+def _weighted(body: str) -> str:
+    """MGD as CamVid wants it: at the paper's lambda2 of 100 L_R outweighs the labels (results.md)."""
+    heavy, on = "weight = 100.0\n", 'on = ["labeled", "unlabeled"]\n'
+    assert heavy in body and on in body
+    return body.replace(heavy, "weight = 10.0  # the paper has 100\n").replace(on, on + PIXEL_BALANCE)
 
 
 def _online(size: str) -> tuple[str, str]:
