@@ -84,9 +84,9 @@ def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, num_images: int)
         A line that says whether that was done.
     """
     run = find_partition(model).parent
-    differences = recipe_differences(load(run / "recipe.toml").to_dict(), recipe)
     if model.resolve() != (run / "model").resolve():
         return "not kept: not the last weights of the run"
+    differences = recipe_differences(load(run / "recipe.toml").to_dict(), recipe)
     if other := [line for line in differences if line.startswith(("eval.", "data.crop", "data.image_scale"))]:
         return f"not kept: {other[0]}"
     if not math.isfinite(scores.miou):

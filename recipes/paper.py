@@ -172,7 +172,7 @@ def mgd_values(data: str, network: str) -> dict[str, object]:
     code = CODE_LAMBDAS.get((data, network))
     note = f"  # paper; the authors' code: {code[0]} here, {code[1]} below" if code else ""
     on = '["labeled", "unlabeled"]'
-    return {"pixel": BOTH, "image": DEEP, "region": WIDE, "on": on, "grid": 7, "note": note}
+    return {"pixel": BOTH, "image": DEEP, "region": WIDE, "on": on, "lambda2": "100.0", "grid": 7, "note": note}
 
 
 def teacher(key: str, recipe: str, more: str = "") -> str:
@@ -224,7 +224,7 @@ reduction = "sum"  # the authors' code, which 0.002 belongs to; "mean" is the pa
 
 [method.region]
 teachers = {region}
-weight = 100.0
+weight = {lambda2}
 grid = {grid}
 """,
 }

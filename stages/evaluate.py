@@ -58,11 +58,11 @@ def main() -> None:
     network = load_segmenter(folder).to(accelerator.device)
     splits = load_splits(recipe.data)
     check_classes(splits.classes, network, args.model)
-    what, source = "validation", splits.val
+    what, chosen = "validation", splits.val
     if args.split == "unlabeled":
-        what, source = "unlabelled training", unseen_masks(splits, folder, recipe, accelerator.print)
-    source = usable(source, splits.decoder, recipe.data, what, accelerator)
-    images = Images(source, splits.decoder, recipe.data.image_scale)
+        what, chosen = "unlabelled training", unseen_masks(splits, folder, recipe, accelerator.print)
+    chosen = usable(chosen, splits.decoder, recipe.data, what, accelerator)
+    images = Images(chosen, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
         mark_predictions(Path(args.save_predictions), folder, len(images))

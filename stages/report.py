@@ -28,7 +28,6 @@ from mgd.report import Cell, as_csv, by_title, collect, markdown, notes, rows_of
 
 MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
-UNLABELED = ("unlabeled_miou", "unlabeled_spread", "unlabeled_gain", "unlabeled_gain_spread")
 
 
 def main() -> None:
@@ -52,9 +51,10 @@ def main() -> None:
     parts = ["val mIoU in % of the last weights: mean ± sample standard deviation (n seeds; reference, difference)"]
     for title, table in tables(cells).items():
         parts.append(f"**{title}** (labelled / unlabelled)\n\n{markdown(table)}")
-    unknown = () if any(row["unlabeled_miou"] is not None for row in rows) else UNLABELED
-    narrow = [{key: value for key, value in row.items() if key not in (*ONLY_CSV, *unknown)} for row in rows]
-    legend = "" if unknown else "unlabeled: of stages/evaluate.py --split unlabeled; "
+    scored = any(row["unlabeled_miou"] is not None for row in rows)
+    hidden = {*ONLY_CSV, *(() if scored else (key for key in rows[0] if key.startswith("unlabeled_")))}
+    narrow = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
+    legend = "unlabeled: of stages/evaluate.py --split unlabeled; " if scored else ""
     parts.append(
         "**All runs** (gain: over the supervised run of the same seeds, network, images, steps, batch, class balance "
         f"and OHEM, mean and spread; {legend}best_on_val was chosen on the images that it is reported on)\n\n"
