@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import torch
 from torch import nn
 
+import mgd
 from mgd.data.partitions import Split, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import read_json, write_json, write_text
@@ -297,5 +298,6 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that shape a result."""
-    packages = ("mgd", "torch", "timm", "accelerate", "datasets", "safetensors")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    packages = ("torch", "timm", "accelerate", "datasets", "safetensors")
+    ours = {"python": platform.python_version(), "mgd": mgd.__version__}  # mgd may be run without being installed
+    return ours | {name: importlib.metadata.version(name) for name in packages}

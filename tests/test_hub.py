@@ -95,7 +95,7 @@ def run(root):
     path = root / "tiny.toml"
     path.write_text(tomli_w.dumps(TINY))
     recipe = load_recipe(path, [f"run.output={root / 'runs of mine'}", "eval.flip=true"])
-    run_recipe(recipe, Accelerator(cpu=True))
+    run_recipe(recipe, Accelerator())
     return recipe.run_dir
 
 

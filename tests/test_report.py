@@ -278,7 +278,7 @@ def test_report_stage_and_best_beside_last(write_recipe, tmp_path, run_here):
         path = write_recipe(
             run={"name": f"{name}-s{{seed}}"}, method={"name": name}, eval={"every": 1}, optim={"lr": 0.05}
         )
-        metrics = run_recipe(load(path), Accelerator(cpu=True))
+        metrics = run_recipe(load(path), Accelerator())
         folder = tmp_path / "runs" / f"{name}-s0"
         curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         scores = {row["step"]: row["val_miou"] for row in curve if "val_miou" in row}
@@ -287,7 +287,7 @@ def test_report_stage_and_best_beside_last(write_recipe, tmp_path, run_here):
         recipe = load(folder / "best" / "recipe.toml")
         splits = load_splits(recipe.data)
         images = Images(splits.val, splits.decoder, 1.0)
-        again = evaluate_network(load_segmenter(folder / "best"), images, recipe, Accelerator(cpu=True))
+        again = evaluate_network(load_segmenter(folder / "best"), images, recipe, Accelerator())
         assert again.miou == metrics["best_on_val"]["miou"]
     done = run_here("report.py", tmp_path / "runs", "--output", tmp_path / "out", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr

@@ -50,8 +50,8 @@ def suite(
         compiled: our networks go through torch.compile.
 
     Returns:
-        Rows `name, reference, ours, ratio`: seconds a step, and MiB of its peak memory. Of the exact step in the
-        last precision, ours alone, also the seconds of its parts and the TFLOP/s of the whole.
+        Rows `name, reference, ours, ratio`: milliseconds a step, and MiB of its peak memory. Of the exact step in the
+        last precision, ours alone, also the milliseconds of its parts and the TFLOP/s of the whole.
 
     Raises:
         UserError: the recipe's method is another.
@@ -90,7 +90,11 @@ def suite(
         memory[name] = peak_memory(
             lambda step=step, kind=kind, name=name: _backward(step, trained[name], kind, device), device
         )
-    rows = [ratio_row(f"step: {name}, s", seconds["reference"], seconds[name]) for name in steps if name != "reference"]
+    rows = [
+        ratio_row(f"step: {name}, ms", 1e3 * seconds["reference"], 1e3 * seconds[name])
+        for name in steps
+        if name != "reference"
+    ]
     for name in steps:
         if name != "reference":
             rows.append(ratio_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20))
@@ -130,7 +134,7 @@ def _breakdown(
         "backward": seconds["backward"] - seconds["forward"],
         "optimiser": seconds["cached"] - seconds["backward"],
     }
-    rows = [_ours_alone(f"exact, {kind}: {part}, s", value) for part, value in split.items()]
+    rows = [_ours_alone(f"exact, {kind}: {part}, ms", 1e3 * value) for part, value in split.items()]
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         _backward(exact, student, kind, device)
     return [*rows, _ours_alone(f"exact, {kind}: TFLOP/s", counter.get_total_flops() / seconds["exact"] / 1e12)]

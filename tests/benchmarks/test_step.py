@@ -72,7 +72,7 @@ def test_rows_of_the_suite(recipe, sections):
         "exact",
     ]
     assert [row["name"].partition(": ")[2] for row in rows[6:]] == [
-        *("teachers, s", "student and losses, s", "backward, s", "optimiser, s", "TFLOP/s"),
+        *("teachers, ms", "student and losses, ms", "backward, ms", "optimiser, ms", "TFLOP/s"),
     ]
     assert rows[-1]["ours"] > 0
     for row in rows[:6]:

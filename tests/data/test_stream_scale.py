@@ -55,7 +55,7 @@ def test_200_000_images(parquet, write_recipe, tmp_path):
     whole = Images(whole_pool(section), splits.decoder)
     streamed = TrainingPairs(labeled, None, recipe.data, 0)
     mapped = TrainingPairs(labeled, whole, recipe.data, 0)
-    accelerator, batch_size = Accelerator(cpu=True), 100
+    accelerator, batch_size = Accelerator(), 100
     last = COUNT // (2 * batch_size)  # two images a sample
 
     # ---- speed, in turns ----

@@ -59,7 +59,7 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
     random = np.random.default_rng(0)
     make_folder(tmp_path / "train", [0, 1, 2], random)
     make_folder(tmp_path / "val", [0, 1], random)
-    run_recipe(load(folder_recipe(tmp_path)), Accelerator(cpu=True))
+    run_recipe(load(folder_recipe(tmp_path)), Accelerator())
     scored = run_here(
         *("evaluate.py", "--model", tmp_path / "runs" / "tiny", "--set", "eval.mode=slide"),
         *("--save-predictions", tmp_path / "out", "--json", tmp_path / "e.json"),
@@ -86,7 +86,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     for part in ("train", "val"):
         make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
     recipe = folder_recipe(tmp_path, partition={"labeled": 2, "seed": 3}, eval={"every": 15})
-    run_recipe(load(recipe), Accelerator(cpu=True))
+    run_recipe(load(recipe), Accelerator())
     run = tmp_path / "runs" / "tiny"
     flags = ("evaluate.py", "--model", run / "model", "--split", "unlabeled")
     scored = run_here(*flags, "--save-predictions", tmp_path / "out", "--json", tmp_path / "e.json")
@@ -131,7 +131,7 @@ def test_masks_that_a_teacher_given_by_its_weights_learned_from_are_left_out(tmp
     for part in ("train", "val"):
         make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
     run = {"output": str(tmp_path / "runs"), "name": "teacher", "threads": 1}
-    run_recipe(load(folder_recipe(tmp_path, partition={"labeled": 3, "seed": 0}, run=run)), Accelerator(cpu=True))
+    run_recipe(load(folder_recipe(tmp_path, partition={"labeled": 3, "seed": 0}, run=run)), Accelerator())
     method = {"name": "kd", "distill_from": ["deep"]}
     teachers = {"deep": {"checkpoint": str(tmp_path / "runs" / "teacher")}}
     student = folder_recipe(tmp_path, partition={"labeled": 1, "seed": 0}, method=method, teachers=teachers)

@@ -24,7 +24,7 @@ def run(tmp_path_factory):
     path = folder / "tiny.toml"
     path.write_text(tomli_w.dumps(merged(TINY, {"run": {"output": str(folder / "runs")}})))
     recipe = load(path)
-    run_recipe(recipe, Accelerator(cpu=True))
+    run_recipe(recipe, Accelerator())
     return recipe.run_dir
 
 
