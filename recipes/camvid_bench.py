@@ -40,16 +40,16 @@ PIXEL = (
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
 # student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 56 % of
 # the operations that CPS takes; online: steps of one run for all three networks, which has as
-# many multiply-accumulates as they have apart (stages/benchmark.py: 48159 and 4971834 G)
+# many multiply-accumulates as they have apart (stages/benchmark.py: 48159 and 918496 G)
 SIZES = {
     "full": {
         "image_scale": "1.0",
         "crop": 320,
         "width": (128, 48),
-        "batch_size": 8,
-        "steps": (3000, 4000, 4000),
-        "long": 9000,
-        "online": 7455,
+        "batch_size": 4,
+        "steps": (1200, 1200, 3600),
+        "long": 1200,
+        "online": 2755,
     },
     "half": {
         "image_scale": "0.5",
