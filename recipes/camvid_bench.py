@@ -38,9 +38,9 @@ PIXEL = (
     f'[method]\nname = "mgd"\n\n[method.pixel]\nteachers = {paper.BOTH}\non = ["labeled", "unlabeled"]\n{PIXEL_BALANCE}'
 )
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
-# student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 56 % of
-# the operations that CPS takes; online: steps of one run for all three networks, which has as
-# many multiply-accumulates as they have apart (stages/benchmark.py: 48159 and 918496 G)
+# student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 19 and
+# 56 % of the operations that CPS takes; online: steps of one run for all three networks, which has as
+# many multiply-accumulates as they have apart (stages/benchmark.py: 918496 and 48159 G); unit: of report.csv's minutes
 SIZES = {
     "full": {
         "image_scale": "1.0",
@@ -50,6 +50,7 @@ SIZES = {
         "steps": (1200, 1200, 3600),
         "long": 1200,
         "online": 2755,
+        "unit": "minutes, in bf16, of an H100 that twelve runs shared",
     },
     "half": {
         "image_scale": "0.5",
@@ -59,6 +60,7 @@ SIZES = {
         "steps": (400, 400, 1200),
         "long": 1200,
         "online": 876,
+        "unit": "minutes of one CPU core",
     },
 }
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
@@ -128,7 +130,10 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
     values = paper.mgd_values("camvid", "lite0")
     for share in SHARES[:-1]:
         for network in TEACHERS:
-            note = "a teacher, on the labelled images alone and three times as long as by CPS"
+            times = (
+                "three times as long as" if SIZES[size]["long"] > SIZES[size]["steps"][0] else "for as many steps as"
+            )
+            note = f"a teacher, on the labelled images alone and {times} by CPS"
             yield _recipe(size, share, network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
         recipes = _teachers(size, share, "_long")
         bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")} | {"pixel": PIXEL}
@@ -176,8 +181,8 @@ def _results() -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
-def _result(name: str, steps: int) -> str | None:
-    """Word what a recipe reached and what it took, if it has been run as it stands."""
+def _result(name: str, steps: int, unit: str) -> str | None:
+    """Word what a recipe reached and what it took (minutes of `unit`), if it has been run as it stands."""
     row = _results().get(f"camvid_{name}")
     if row is None or int(row["steps"]) != steps:
         return None
@@ -185,7 +190,7 @@ def _result(name: str, steps: int) -> str | None:
     counts = f"{row['labeled']} / {row['unlabeled']} images"
     return (
         f"Ours: val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}), "
-        f"{float(row['minutes']):.0f} minutes of one CPU core"
+        f"{float(row['minutes']):.0f} {unit}"
     )
 
 
@@ -199,7 +204,7 @@ def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str
     stage = "distill" if "[teachers" in body else "teacher_cps"
     sections = [
         f"# accelerate launch stages/{stage}.py --recipe recipes/camvid/{name}.toml\n"
-        f"# CamVid: {note}. {_result(name, steps) or f'Not measured; {MACHINE[size]}'}.\n"
+        f"# CamVid: {note}. {_result(name, steps, numbers['unit']) or f'Not measured; {MACHINE[size]}'}.\n"
         "# Written by recipes/generate.py.\n",
         f'[run]\nname = "camvid_{name}-s{{seed}}"\n',
         DATA.format(share=share, **numbers),
