@@ -49,7 +49,7 @@ def main() -> None:
 
     folder = find_model(args.model)
     if args.save_predictions:
-        check_predictions(Path(args.save_predictions), folder)
+        check_predictions(Path(args.save_predictions), folder, split=args.split)
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():
         raise UserError(f"{folder} has no recipe.toml; name the data with --recipe")
@@ -65,7 +65,7 @@ def main() -> None:
     images = Images(chosen, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
-        mark_predictions(Path(args.save_predictions), folder, len(images))
+        mark_predictions(Path(args.save_predictions), folder, len(images), args.split)
         keep = functools.partial(save_prediction, Path(args.save_predictions), splits.colors, splits.decoder.encode)
     result = evaluate_network(network, images, recipe, accelerator, keep)
 
