@@ -140,7 +140,8 @@ def _check_networks(
         try:
             check_trainable(section, num_classes, images, recipe.data.crop, several_processes, whole)
         except UserError as error:  # what builds networks knows them as [student]
-            raise UserError(str(error).replace("[student", f"[{where}")) from error
+            named = str(error).replace("[student", f"[{where}")
+            raise UserError(f"{recipe.source}: {named}") from error  # a teacher's recipe is not the one that was typed
         whole = None
 
 

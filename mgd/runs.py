@@ -58,7 +58,7 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
         raise UserError(
             f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another name "
             "(--set run.name=...) or folder (--set run.output=..., where teachers and baselines follow), or "
-            f"delete what is there: {recipe.command} --restart"
+            f"start anew in it, which deletes what is there: {recipe.command} --restart"
         )
     if not path.exists() or not all(
         (folder / "model" / name).exists() for name in ("config.json", "model.safetensors")

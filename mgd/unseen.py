@@ -67,7 +67,7 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
             say(f"note: {len(shown)} images are left out, as [teachers.{name}] learned from their masks")
             names -= shown
     if not names:
-        raise UserError(f"{run} had no image without its mask of which [data] has one")
+        raise UserError(f"{run}: none of the images that it had without masks has one in [data]; nothing to score")
     return rows_of(splits.labeled, tuple(names))
 
 

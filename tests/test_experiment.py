@@ -40,7 +40,7 @@ BACKBONES = ["resnet18d", "mobilenetv3_small_100", "mobilenetv4_conv_small", "co
 def test_swapping_the_backbone_trains_or_says_what_is_missing(write_recipe, backbone):
     recipe = load(write_recipe(), [f"student.backbone={backbone}", "optim.steps=2"])
     if backbone == "efficientvit_b0":
-        with pytest.raises(UserError, match="output_stride = 16 .*use output_stride = 32"):
+        with pytest.raises(UserError, match=r"tiny\.toml: .*output_stride = 16 .*use output_stride = 32"):
             run_recipe(recipe, Accelerator())
         recipe = load(recipe.source, [f"student.backbone={backbone}", "optim.steps=2", "student.output_stride=32"])
     metrics = run_recipe(recipe, Accelerator())

@@ -131,7 +131,7 @@ def test_networks_that_cannot_train_are_named_before_training(write_recipe, tmp_
         "method.teachers.deep.multi_grid=[2]": "[method.teachers.deep] multi_grid needs a ResNet backbone",
     }.items():
         status, _, errors = call_stage(capsys, "teacher_cps.py", "--recipe", path, "--set", change)
-        assert status == 2 and errors.startswith(f"error: {expected}") and len(errors.splitlines()) == 1
+        assert status == 2 and errors.startswith(f"error: {path}: {expected}") and len(errors.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 

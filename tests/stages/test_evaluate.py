@@ -123,7 +123,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
             (tmp_path / "train" / "masks" / f"{index}.png").unlink()
     _load_splits.cache_clear()  # another process would look at the folder anew
     nothing = run_here(*flags)
-    assert nothing.returncode == 2 and "had no image without its mask of which [data] has one" in nothing.stderr
+    assert nothing.returncode == 2 and "none of the images that it had without masks has one" in nothing.stderr
     shutil.copytree(run / "model", tmp_path / "shipped")
     shipped = run_here("evaluate.py", "--model", tmp_path / "shipped", "--split", "unlabeled")
     assert shipped.returncode == 2 and "has no partition.json beside it" in shipped.stderr
