@@ -141,7 +141,7 @@ def _check_networks(
             check_trainable(section, num_classes, images, recipe.data.crop, several_processes, whole)
         except UserError as error:  # what builds networks knows them as [student]
             named = str(error).replace("[student", f"[{where}")
-            raise UserError(f"{recipe.source}: {named}") from error  # a teacher's recipe is not the one that was typed
+            raise UserError(f"{recipe.source}: {named}") from error  # it may be a teacher's, which nobody typed
         whole = None
 
 

@@ -47,45 +47,45 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, in
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
 
 
-def check_predictions(folder: Path, model: Path, below: Sequence[str] = ("",), split: str = "val") -> None:
+def check_predictions(folder: Path, model: Path, images: str, below: Sequence[str] = ("",)) -> None:
     """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
 
     Args:
         folder: where predictions shall go.
         model: folder of the network that shall make them.
+        images: a word for what is predicted, such as the split: images of two kinds may have the same names.
         below: folders in it that will hold them.
-        split: of the data, whose images are predicted; `stages/predict.py` has none, and passes for "val".
 
     Raises:
         UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model
-            or split.
+            or other images.
     """
     try:
         found = read_json(folder / PREDICTIONS, ("model", "files"))
-        ours = found.keys() <= {"model", "files", "split"}
+        ours = found.keys() <= {"model", "files", "images"}
     except UserError:
         ours = False
     if ours and found["model"] != str(model.resolve()):  # they could not be told apart
         raise UserError(
             f"{folder} holds predictions of {found['model']}; name another folder for those of {model}, or delete it"
         )
-    if ours and found.get("split", "val") != split:  # images of one name would replace each other
-        raise UserError(f"{folder} holds predictions of other images than --split {split}; name another, or delete it")
+    if ours and found.get("images") != images:
+        raise UserError(f"{folder} holds predictions of other images than these ({images}); name another, or delete it")
     for place in [] if ours else [folder / name for name in below]:
         if place.is_dir() and any(place.iterdir()):
             raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
 
 
-def mark_predictions(folder: Path, model: Path, files: int, split: str = "val") -> None:
+def mark_predictions(folder: Path, model: Path, images: str, files: int) -> None:
     """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
 
     Args:
         folder: of the predictions.
         model: folder of the network that makes them.
+        images: see `check_predictions`.
         files: images that are to be predicted.
-        split: see `check_predictions`.
     """
-    write_json(folder / PREDICTIONS, {"model": str(model.resolve()), "files": files, "split": split})
+    write_json(folder / PREDICTIONS, {"model": str(model.resolve()), "images": images, "files": files})
 
 
 def save_prediction(

@@ -67,7 +67,7 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
             say(f"note: {len(shown)} images are left out, as [teachers.{name}] learned from their masks")
             names -= shown
     if not names:
-        raise UserError(f"{run}: none of the images that it had without masks has one in [data]; nothing to score")
+        raise UserError(f"{run}: no image is left that it had without a mask and [data] has with one")
     return rows_of(splits.labeled, tuple(names))
 
 

@@ -40,7 +40,7 @@ PIXEL = (
 # size -> constants of all its recipes; width: of the teachers' head and of the students'; steps: of teachers, of the
 # student with ImageNet weights, of the student without; long: steps of a teacher that learns from labels alone, 19 and
 # 56 % of the operations that CPS takes; online: steps of one run for all three networks, which has as
-# many multiply-accumulates as they have apart (stages/benchmark.py: 918496 and 48159 G); unit: of report.csv's minutes
+# many multiply-accumulates as they have apart (stages/benchmark.py: 918496 and 48159 G)
 SIZES = {
     "full": {
         "image_scale": "1.0",
@@ -50,7 +50,6 @@ SIZES = {
         "steps": (1200, 1200, 3600),
         "long": 1200,
         "online": 2755,
-        "unit": "minutes, in bf16, of an H100 that twelve runs shared",
     },
     "half": {
         "image_scale": "0.5",
@@ -60,9 +59,10 @@ SIZES = {
         "steps": (400, 400, 1200),
         "long": 1200,
         "online": 876,
-        "unit": "minutes of one CPU core",
     },
 }
+# What the minutes in report.csv are.
+UNIT = {"full": "minutes, in bf16, of an H100 that twelve runs shared", "half": "minutes of one CPU core"}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
 # What stages/report.py made of the runs so far; a row counts while the recipe still has its steps.
 RESULTS = Path(__file__).resolve().parent / "camvid" / "report.csv"
@@ -126,14 +126,13 @@ def all_recipes() -> Iterator[tuple[str, str]]:
 
 
 def _long(size: str) -> Iterator[tuple[str, str]]:
-    """Yield teachers that learn from the labels alone, for longer, and students under them."""
+    """Yield teachers that learn from the labels alone, at half resolution for longer, and students under them."""
     values = paper.mgd_values("camvid", "lite0")
     for share in SHARES[:-1]:
         for network in TEACHERS:
-            times = (
-                "three times as long as" if SIZES[size]["long"] > SIZES[size]["steps"][0] else "for as many steps as"
-            )
-            note = f"a teacher, on the labelled images alone and {times} by CPS"
+            times = SIZES[size]["long"] // SIZES[size]["steps"][0]
+            compared = f"{times} times as long as" if times > 1 else "for as many steps as"
+            note = f"a teacher, on the labelled images alone and {compared} by CPS"
             yield _recipe(size, share, network, "_long", note, paper.METHOD["supervised"], SIZES[size]["long"])
         recipes = _teachers(size, share, "_long")
         bodies = {method: paper.METHOD[method].format(**values) for method in ("mgd", "kd", "cwd")} | {"pixel": PIXEL}
@@ -204,7 +203,7 @@ def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str
     stage = "distill" if "[teachers" in body else "teacher_cps"
     sections = [
         f"# accelerate launch stages/{stage}.py --recipe recipes/camvid/{name}.toml\n"
-        f"# CamVid: {note}. {_result(name, steps, numbers['unit']) or f'Not measured; {MACHINE[size]}'}.\n"
+        f"# CamVid: {note}. {_result(name, steps, UNIT[size]) or f'Not measured; {MACHINE[size]}'}.\n"
         "# Written by recipes/generate.py.\n",
         f'[run]\nname = "camvid_{name}-s{{seed}}"\n',
         DATA.format(share=share, **numbers),

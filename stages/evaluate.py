@@ -48,12 +48,13 @@ def main() -> None:
     args = flags.parse_args()
 
     folder = find_model(args.model)
-    if args.save_predictions:
-        check_predictions(Path(args.save_predictions), folder, split=args.split)
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():
         raise UserError(f"{folder} has no recipe.toml; name the data with --recipe")
     recipe = load(source, args.set)
+    split = getattr(recipe.data, "val_split", "val") if args.split == "val" else args.split
+    if args.save_predictions:
+        check_predictions(Path(args.save_predictions), folder, split)
     accelerator = cli.start(recipe)
     network = load_segmenter(folder).to(accelerator.device)
     splits = load_splits(recipe.data)
@@ -65,7 +66,7 @@ def main() -> None:
     images = Images(chosen, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
-        mark_predictions(Path(args.save_predictions), folder, len(images), args.split)
+        mark_predictions(Path(args.save_predictions), folder, split, len(images))
         keep = functools.partial(save_prediction, Path(args.save_predictions), splits.colors, splits.decoder.encode)
     result = evaluate_network(network, images, recipe, accelerator, keep)
 

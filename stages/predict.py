@@ -56,7 +56,7 @@ def main() -> None:
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
     output = Path(args.output)
-    check_predictions(output, folder, KINDS)
+    check_predictions(output, folder, "photos", KINDS)
     ours = [(output / kind).resolve() for kind in KINDS]
     files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
     if not files:
@@ -77,7 +77,7 @@ def main() -> None:
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])
             if not done:
-                mark_predictions(output, folder, len(files))
+                mark_predictions(output, folder, "photos", len(files))
             for (name, picture), one in zip(group, scores, strict=True):
                 _save(output, name, np.asarray(picture), one, model.colors, args.save)
             done += len(group)

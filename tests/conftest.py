@@ -3,7 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same bits are promised on a CPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same bits are promised on a CPU; hides CUDA devices only
 
 import runpy
 import signal
@@ -21,7 +21,7 @@ from mgd import checks
 from mgd.models.segmenter import SegOutput
 
 ROOT = Path(__file__).resolve().parents[1]
-torch.backends.cudnn.allow_tf32 = False  # on a GPU results are compared with references to 1e-3 and finer
+torch.backends.cudnn.allow_tf32 = False  # in this process, where results are compared with references to 1e-3 and finer
 
 TINY = {
     "run": {"name": "tiny", "threads": 1, "log_every": 1, "checkpoint_every": 2},

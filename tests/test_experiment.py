@@ -48,6 +48,14 @@ def test_swapping_the_backbone_trains_or_says_what_is_missing(write_recipe, back
     assert (recipe.run_dir / "model" / "model.safetensors").exists()
 
 
+def test_a_network_of_a_teachers_recipe_is_named_with_it(write_recipe, run_here):
+    wrong = write_recipe("deep.toml", run={"name": "deep"}, student={"backbone": "efficientvit_b0"})
+    term = {"name": "kd", "distill_from": ["deep"]}
+    path = write_recipe(method=term, teachers={"deep": {"recipe": str(wrong)}})
+    ended = run_here("distill.py", "--recipe", path)
+    assert ended.returncode == 2 and f"error: {wrong}: [student] backbone = 'efficientvit_b0'" in ended.stderr
+
+
 def test_all_labelled_distils_on_the_labelled_images(write_recipe):
     metrics = run_recipe(load(write_recipe(method={"name": "cps"}), ["partition.labeled=1.0"]), Accelerator())
     assert (metrics["num_labeled"], metrics["num_unlabeled"]) == (12, 0)

@@ -9,7 +9,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -19,7 +18,6 @@ from accelerate import Accelerator
 from conftest import ONLINE, ROOT, TINY, merged
 from hub_server import READER, WRITER, Hub, Repository
 from huggingface_hub import ModelCard, constants
-from packaging.version import Version
 from safetensors.torch import load, load_file, save_file
 
 from mgd.errors import UserError
@@ -29,13 +27,7 @@ from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.portable import portable, portable_command
 from mgd.recipe import load as load_recipe
 
-pytestmark = [
-    pytest.mark.xdist_group("hub"),  # all share one run, one hub and one process
-    pytest.mark.skipif(
-        Version(huggingface_hub.__version__) < Version("2.2"),
-        reason="huggingface_hub before 2.2 asks huggingface.co whether a card is valid, whatever HF_ENDPOINT says",
-    ),
-]
+pytestmark = pytest.mark.xdist_group("hub")  # all share one run, one hub and one process
 
 FILES = {"README.md", "config.json", "metrics.json", "model.safetensors", "overlays.png", "recipe.toml"}
 

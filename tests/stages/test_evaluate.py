@@ -93,7 +93,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     assert scored.returncode == 0, scored.stderr
     assert "2 unlabelled training images" in scored.stdout
     of_val = run_here("evaluate.py", "--model", run / "model", "--save-predictions", tmp_path / "out")
-    assert of_val.returncode == 2 and "predictions of other images than --split val" in of_val.stderr
+    assert of_val.returncode == 2 and "predictions of other images than these (val)" in of_val.stderr
     labeled = json.loads((run / "partition.json").read_text())["labeled"]
     sizes = {f"{index}.png": size for index, size in enumerate(SIZES) if str(index) not in labeled}
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == set(sizes) and len(sizes) == 2
@@ -123,7 +123,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
             (tmp_path / "train" / "masks" / f"{index}.png").unlink()
     _load_splits.cache_clear()  # another process would look at the folder anew
     nothing = run_here(*flags)
-    assert nothing.returncode == 2 and "none of the images that it had without masks has one" in nothing.stderr
+    assert nothing.returncode == 2 and "no image is left that it had without a mask and" in nothing.stderr
     shutil.copytree(run / "model", tmp_path / "shipped")
     shipped = run_here("evaluate.py", "--model", tmp_path / "shipped", "--split", "unlabeled")
     assert shipped.returncode == 2 and "has no partition.json beside it" in shipped.stderr
