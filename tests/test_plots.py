@@ -6,7 +6,7 @@ import torch
 from mgd.data.public import Cityscapes
 from mgd.errors import UserError
 from mgd.pictures import colorize, evenly
-from mgd.plots import save_prediction
+from mgd.plots import plot_partitions, save_prediction
 
 
 def test_predictions_are_palette_pngs_in_the_data_sets_own_values(tmp_path):
@@ -19,6 +19,14 @@ def test_predictions_are_palette_pngs_in_the_data_sets_own_values(tmp_path):
         assert (decoder(picture, "a") == prediction.numpy()).all()
     with pytest.raises(UserError, match="would be written outside"):
         save_prediction(tmp_path / "in", colors, decoder.encode, "../out", prediction)
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib warns, and squeezes the axes to nothing
+def test_a_figure_has_room_for_the_names_of_many_lines(tmp_path):
+    lines = {f"half_lite0_long_{index}": [(11, 40.0, 1.0), (23, 45.0, None)] for index in range(60)}
+    plot_partitions({"many": lines, "one": {"x": [(11, 2.0, None)]}}, tmp_path / "a.png")
+    with PIL.Image.open(tmp_path / "a.png") as picture:
+        assert picture.height > 900
 
 
 def test_ignored_pixels_are_white():
