@@ -227,7 +227,7 @@ def plot_partitions(
         panels: by title and name of the line, the points: labelled images, val mIoU %, spread.
         output: PNG file.
     """
-    figure, axes = _panels(len(panels), height=max([4.5, *(1 + len(lines) / 6 for lines in panels.values())]))
+    figure, axes = _panels(len(panels), max(map(len, panels.values()), default=0))
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for index, (name, points) in enumerate(lines.items()):
             counts, means, spreads = zip(*sorted(points), strict=True)
@@ -244,6 +244,8 @@ def plot_partitions(
     pyplot.close(figure)
 
 
-def _panels(count: int, height: float = 4.5) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
+def _panels(count: int, names: int = 0) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
+    """Return a figure of panels side by side, high enough for a legend of so many names."""
+    height = max(4.5, 1 + names / 6)
     figure, axes = pyplot.subplots(1, count, figsize=(6 * count, height), layout="constrained", squeeze=False)
     return figure, list(axes[0])

@@ -95,6 +95,9 @@ def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_pat
         (tmp_path / "runs" / f"cps_near-s{seed}" / "unlabeled.json").write_text('{"miou": 40.0, "num_images": 8}')
     row = next(row for row in rows_of(collect([tmp_path / "runs"])[0]) if row["run"] == "cps_near")
     assert (row["gain"], row["unlabeled_miou"], row["unlabeled_gain"]) == (1.0, 40.0, None)
+    (tmp_path / "runs" / "cps-s1" / "unlabeled.json").unlink()
+    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    assert rows["cps"]["unlabeled_miou"] is None and rows["cps"]["unlabeled_gain"] is None  # of fewer seeds than miou
 
 
 def test_scores_of_other_unlabelled_images_are_not_compared(fake_run, tmp_path):

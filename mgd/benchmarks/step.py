@@ -90,14 +90,9 @@ def suite(
         memory[name] = peak_memory(
             lambda step=step, kind=kind, name=name: _backward(step, trained[name], kind, device), device
         )
-    rows = [
-        ratio_row(f"step: {name}, ms", 1e3 * seconds["reference"], 1e3 * seconds[name])
-        for name in steps
-        if name != "reference"
-    ]
-    for name in steps:
-        if name != "reference":
-            rows.append(ratio_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20))
+    own = [name for name in steps if name != "reference"]
+    rows = [ratio_row(f"step: {name}, ms", 1e3 * seconds["reference"], 1e3 * seconds[name]) for name in own]
+    rows += [ratio_row(f"memory: {name}, MiB", memory["reference"] / 2**20, memory[name] / 2**20) for name in own]
     kind = precisions[-1]
     return rows + _breakdown(
         steps[f"exact, {kind}"][0], steps[f"cached, {kind}"][0], student, kind, repetitions, device
