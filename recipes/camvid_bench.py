@@ -140,9 +140,10 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
         light = {"lambda2": "10.0  # the paper has 100", "on": f"{values['on']}\n{PIXEL_BALANCE.rstrip()}"}
         bodies["weighted"] = paper.METHOD["mgd"].format(**values | light)
         teachers = "".join(paper.teacher(*named) for named in recipes.items())
-        for method, body in bodies.items():
-            tail = "_long" if method == "mgd" else f"_long_{method}"
-            yield _recipe(size, share, "lite0", tail, f"{UNDER_LONG[method]}, {LONG_TEACHERS}", teachers + body)
+        for network in STUDENTS if share == "1/16" else ("lite0",):
+            for method, body in bodies.items():
+                tail = "_long" if method == "mgd" else f"_long_{method}"
+                yield _recipe(size, share, network, tail, f"{UNDER_LONG[method]}, {LONG_TEACHERS}", teachers + body)
     recipes = _teachers(size, "1/16", "_long")
     for ablation, row in paper.ABLATIONS.items():
         note = f"MGD changed as in Table {row[-1]} of the paper, {LONG_TEACHERS}"
