@@ -225,6 +225,13 @@ class Optim(Section):
             raise ValueError("give either epochs or steps")
         return self
 
+    @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> "Optim":
+        # A run keeps all keys in its recipe, so the default may stand there.
+        if self.name != "sgd" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(f"momentum = {self.momentum} is of name = 'sgd', {self.name!r} has none; leave it out")
+        return self
+
 
 class Eval(Section):
     """`[eval]`: how val images are predicted, and what the result is compared with."""

@@ -70,6 +70,14 @@ def test_one_clear_line_a_mistake(write_recipe, change, expected):
         assert all(line.startswith(f"{path}: [") for line in lines)
 
 
+def test_adamw_has_no_momentum(write_recipe):
+    path = write_recipe()
+    assert load(path, ["optim.momentum=0.8"]).optim.momentum == 0.8
+    path.write_text(load(path, ["optim.name=adamw"]).to_toml())  # as a run keeps it, with all keys
+    with pytest.raises(UserError, match="momentum = 0.8 is of name = 'sgd', 'adamw' has none"):
+        load(path, ["optim.momentum=0.8"])
+
+
 def test_all_mistakes_at_once(write_recipe):
     with pytest.raises(UserError) as error:
         load(write_recipe(), ["optim.lr=0", "run.seed=-1", "eval.mode=tile"])
