@@ -25,6 +25,7 @@ from mgd.data.targets import CachedTargets
 from mgd.files import append_line, keep_lines, write_json
 from mgd.inference import count_confusion, predict
 from mgd.methods.base import Method
+from mgd.methods.contract import check_parts
 from mgd.metrics import Scores, scores
 from mgd.models.segmenter import build_segmenter, fingerprint
 from mgd.optim import total_steps
@@ -160,7 +161,10 @@ def _build(
         images = training_images(recipe, splits, partition)
         targets, teachers = cached_targets(recipe, accelerator, teachers, images), {}
     frozen = {name: teacher.to(accelerator.device) for name, teacher in teachers.items()}
-    method = METHODS.get(recipe.method.name)(recipe.method, networks, frozen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)  # layers of its own must not depend on what this process did before
+        method = METHODS.get(recipe.method.name)(recipe.method, networks, frozen)
+    check_parts(method)
     method.weigh_classes(torch.tensor(partition.class_pixels))
     if recipe.run.compile:
         for network in [*networks, *frozen.values()]:

@@ -18,7 +18,7 @@ from mgd.models.card import TAGS, assembled, front_matter, hex_color, plain, usa
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.portable import is_local, portable, portable_command
 from mgd.recipe import Recipe, load
-from mgd.registry import METHODS
+from mgd.registry import HEADS, METHODS
 from mgd.report import markdown
 from mgd.runs import read_metrics
 
@@ -125,7 +125,10 @@ def model_card(run: FinishedRun, repo: str, license: str | None = None) -> str:
         f"classes; {metrics['miou']:.2f} % mIoU on {metrics['num_val']} val images.",
         "![some val images, their truth and what the network predicts](overlays.png)",
         "## Use",
-        usage(repo, picture, "from huggingface_hub import hf_hub_download\n\n"),
+        usage(
+            *(repo, picture, "from huggingface_hub import hf_hub_download\n\n"),
+            HEADS.package_of(recipe.student.head.name),
+        ),
         "## Classes and results",
         markdown(_class_rows(run)),
         f"IoU on {metrics['num_val']} val images, of the last weights of the run. A dash: neither labelled nor "

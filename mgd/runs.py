@@ -19,6 +19,7 @@ from mgd.data.partitions import Split, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import Recipe, parse
+from mgd.registry import plugin_packages
 from mgd.tables import flatten
 
 try:
@@ -297,7 +298,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that shape a result."""
+    """Versions of Python and of the packages that shape a result, those of plug-ins that were used included."""
     packages = ("torch", "timm", "accelerate", "datasets", "safetensors")
     ours = {"python": platform.python_version(), "mgd": mgd.__version__}  # mgd may be run without being installed
-    return ours | {name: importlib.metadata.version(name) for name in packages}
+    return ours | {name: importlib.metadata.version(name) for name in packages} | plugin_packages()

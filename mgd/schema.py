@@ -21,7 +21,7 @@ class _TeacherTables(BaseModel):
 
 
 def json_schema() -> dict[str, Any]:
-    """Return a JSON Schema of a recipe file, the built-in data sets, heads and methods included."""
+    """Return a JSON Schema of a recipe file, with all data sets, heads and methods, those of plug-ins included."""
 
     def choice(models: list[type[Section]]) -> Any:
         union = models[0]
@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
             union = union | model
         return union
 
-    heads = choice([HEADS.get(name).Config for name in HEADS.names()])
+    heads = choice([head.Config for head in HEADS.usable().values()])
     student = create_model("Student", __base__=ModelSection, head=(heads, ...))
 
     def described(config: type[Section]) -> type[Section]:
@@ -41,10 +41,10 @@ def json_schema() -> dict[str, Any]:
         "Recipe",
         __config__=ConfigDict(extra="forbid"),
         run=(Run, ...),
-        data=(choice([DATASETS.get(name) for name in DATASETS.names()]), ...),
+        data=(choice(list(DATASETS.usable().values())), ...),
         partition=(Partition, ...),
         student=(student, ...),
-        method=(choice([described(METHODS.get(name).Config) for name in METHODS.names()]), ...),
+        method=(choice([described(method.Config) for method in METHODS.usable().values()]), ...),
         optim=(Optim, ...),
         eval=(Eval, Eval()),
         teachers=(_TeacherTables, {}),

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from mgd.errors import Stopped, UserError
 from mgd.files import append_line, keep_lines
 from mgd.guard import Guard, StopSignals
 from mgd.methods.base import Method
+from mgd.methods.contract import checked_output
 from mgd.optim import build_optimizer, poly_lr
 from mgd.recipe import Recipe
 from mgd.runs import recipe_differences
@@ -51,7 +52,7 @@ def train(
     """Train a method's networks in place, from the last resume point if there is one.
 
     Args:
-        method: its networks are trained.
+        method: its networks and layers are trained.
         pairs: the samples of the run.
         pool: the stream of unlabelled images, if any.
         recipe: the run; `[run]`, `[optim]`, `[eval] every` and `[data] workers` are used.
@@ -67,11 +68,12 @@ def train(
         UserError: a loss that is not finite, or a resume point that does not fit.
         Stopped: a signal came; a resume point has been written.
     """
-    networks, modules = _on_device(method, recipe.optim, accelerator)
-    optimizer, every = build_optimizer(recipe.optim, networks), recipe.eval.every
+    trained, modules = _on_device(method, recipe.optim, accelerator)
+    optimizer, every = build_optimizer(recipe.optim, trained), recipe.eval.every
     point = ResumePoint(folder / "checkpoint", modules, optimizer, recipe, accelerator)
     start = point.reached["step"]
-    *method.networks, optimizer = accelerator.prepare(*networks, optimizer)
+    *prepared, optimizer = accelerator.prepare(*trained, optimizer)
+    _hand_over(method, prepared)
 
     log = StepLog(folder, start, num_steps, recipe, accelerator)
     guard = Guard(recipe.optim.nonfinite, folder, modules, accelerator, point.reached["skipped"])
@@ -94,7 +96,7 @@ def train(
 
             # ---- one training step ---------------------------------------------------------------
             with accelerator.autocast():
-                out = method.step(batch, step)
+                out = checked_output(method.step(batch, step), method)
             accelerator.backward(out.loss)
             sound, signal_number = guard.look(step, out, batch, signals.received)
             if sound:
@@ -115,7 +117,7 @@ def train(
             if evaluates:
                 score(done)
         guard.stop_if_asked(signals.received, kept.format(num_steps))
-    method.networks = networks
+    _hand_over(method, trained)
     accelerator.free_memory()  # a teacher's optimiser must not stay while its student trains
     return TrainingTime(point.seconds(), guard.skipped, feed.skipped_everywhere())
 
@@ -190,20 +192,28 @@ class ResumePoint:
 def _on_device(
     method: Method, section: Optim, accelerator: Accelerator
 ) -> tuple[list[nn.Module], dict[str, nn.Module]]:
-    """Put networks and averages on the device; return the networks, and all that a resume point holds by name."""
-    networks = method.networks
+    """Put a method's modules on the device; return those to train, and all that a resume point holds by name."""
+    trained = [*method.networks, *method.layers.values()]
     if section.sync_batchnorm:
-        networks = [timm.layers.convert_sync_batchnorm(network) for network in networks]
+        trained = [timm.layers.convert_sync_batchnorm(module) for module in trained]
         for average in method.averages.values():  # in place: its method holds it, too
             timm.layers.convert_sync_batchnorm(average)
-    networks = [network.to(accelerator.device) for network in networks]
+    trained = [module.to(accelerator.device) for module in trained]
     averages = {name: network.to(accelerator.device) for name, network in method.averages.items()}
-    return networks, {f"network{index}": network for index, network in enumerate(networks)} | averages
+    names = [*(f"network{index}" for index in range(len(method.networks))), *method.layers]
+    return trained, dict(zip(names, trained, strict=True)) | averages
+
+
+def _hand_over(method: Method, trained: Sequence[nn.Module]) -> None:
+    """Give a method its networks and layers, with or without their distributed wrappers."""
+    count = len(method.networks)
+    method.networks = list(trained[:count])
+    method.layers = dict(zip(method.layers, trained[count:], strict=True))
 
 
 def _begin_step(method: Method, optimizer: torch.optim.Optimizer, lr: float, seed: int) -> None:
-    for network in method.networks:
-        network.train()
+    for module in [*method.networks, *method.layers.values()]:
+        module.train()
     for group in optimizer.param_groups:
         group["lr"] = lr
     torch.manual_seed(seed)  # dropout, if any

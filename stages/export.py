@@ -61,10 +61,10 @@ def main() -> None:
     exporter = EXPORTERS.get(args.format)()
     exporter.check()
     if args.int8 and not exporter.quantizes:
-        able = [name for name in EXPORTERS.names() if EXPORTERS.get(name).quantizes]
+        able = [name for name, other in EXPORTERS.usable().items() if other.quantizes]
         raise UserError(f"--format {args.format} has no --int8 here; formats that have: {', '.join(able)}")
     if args.cpu and not (args.bake and exporter.has_cpu_layout):
-        able = [name for name in EXPORTERS.names() if EXPORTERS.get(name).has_cpu_layout]
+        able = [name for name, other in EXPORTERS.usable().items() if other.has_cpu_layout]
         raise UserError(f"--cpu is for --bake with --format {' or '.join(able)}")
     folder = find_model(args.model)
     model = load_segmenter(folder)

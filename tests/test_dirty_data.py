@@ -43,8 +43,9 @@ def folder(tmp_path):
     root = tmp_path / "mine"
     for place, count in (("images", 8), ("unlabeled", 3), ("val/images", 2)):
         (root / place).mkdir(parents=True)
+        image = picture().transpose(PIL.Image.Transpose.FLIP_TOP_BOTTOM) if place == "val/images" else picture()
         for index in range(count):
-            picture().save(root / place / f"{index}.png")
+            image.save(root / place / f"{index}.png")
     for place, count in (("masks", 8), ("val/masks", 2)):
         (root / place).mkdir(parents=True)
         for index in range(count):
@@ -64,6 +65,12 @@ def recipe_of(folder, tmp_path):
         return load(path)
 
     return make
+
+
+def test_a_labelled_image_is_not_evaluated_on(folder, recipe_of):
+    shutil.copy(folder / "images" / "1.png", folder / "val" / "images" / "1.png")
+    with pytest.raises(UserError, match=r"1 validation images are labelled training images, .*\(1\); the score"):
+        check_recipe(recipe_of(), Accelerator())
 
 
 def cut_short(path, share):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mgd.methods.base import Method
+from mgd.methods.contract import checked_output
 
 
 def suite(method: Method, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[str, Any]]:
@@ -25,7 +26,7 @@ def suite(method: Method, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[
     parameters = [value for network in method.networks for value in network.parameters() if value.requires_grad]
     found: dict[str, list[tuple[float, float, float]]] = {}
     for step, batch in enumerate(batches):
-        out = method.step(batch, step)
+        out = checked_output(method.step(batch, step), method)
         for name, value in out.log.items():
             if not value.requires_grad:  # a plug-in may log more than the terms of its loss
                 continue

@@ -184,7 +184,8 @@ class Exporter:
             UserError: one is missing.
         """
         if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
-            raise UserError(f'{missing[0]} is not installed; pip install -e ".[{self.extra}]"')
+            command = f'pip install -e ".[{self.extra}]"' if self.extra else f"pip install {missing[0]}"
+            raise UserError(f"{missing[0]} is not installed; {command}")
 
     def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """Write the network to `path`.

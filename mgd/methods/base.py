@@ -43,16 +43,26 @@ class StepOutput(NamedTuple):
     """Result of one step: the loss to back-propagate, and named scalars for the log."""
 
     loss: Tensor
-    log: dict[str, Tensor]
+    log: Mapping[str, Tensor | float]
 
 
 class Method:
     """Base of all methods; networks and teachers are handed in built.
 
+    All that a method learns or counts stands in one of four places; what stands elsewhere is neither trained nor kept
+    in resume points.
+
+    - `networks`: what is trained, segmenters as the recipe's sections describe them.
+    - `layers`: modules of the method's own by name, trained along with them and never shipped (a projection, say).
+      Fill it in `__init__`, where `torch.manual_seed` has been called with the run's seed.
+    - `averages`: modules by name that no gradient reaches: a moving average of a network, or counters and thresholds
+      as buffers of a module.
+    - `teachers`: frozen.
+
     Args:
         config: the recipe's `[method]`.
-        networks: the networks to train, one for each of `sections`; the first one ships. The loop
-            puts their distributed wrappers in their place.
+        networks: the networks to train, a `Segmenter` (mgd/models/segmenter.py) for each of `sections`; the first one
+            ships. The loop puts their distributed wrappers in their place, and those of the layers.
         teachers: frozen networks by name; they stay in eval mode and out of the checkpoint.
     """
 
@@ -70,7 +80,8 @@ class Method:
     ) -> None:
         self.config = config
         self.networks = list(networks)
-        self.averages: dict[str, nn.Module] = {}  # untrained companions that belong into the checkpoint
+        self.layers: dict[str, nn.Module] = {}
+        self.averages: dict[str, nn.Module] = {}
         self.teachers = {name: teacher.eval().requires_grad_(False) for name, teacher in (teachers or {}).items()}
 
     @classmethod
@@ -127,7 +138,7 @@ class Method:
         """Do what follows the optimiser's step; nothing, for most methods."""
 
     def deployed(self) -> nn.Module:
-        """Return the network that is evaluated and ships."""
+        """Return the network that is evaluated and ships, one of `networks` or `averages`."""
         return bare(self.networks[0])
 
     def weigh_classes(self, pixels: Tensor) -> None:

@@ -20,11 +20,16 @@ PIL.Image.fromarray(found.colors).save("prediction.png")
 ```
 
 `found.label` holds a class index a pixel, `found.colors` the same in the colours below, and `model(pixels).logits`
-`[B, K, H, W]` for pixels `[B, 3, H, W]` of 0..255. This needs the Python package `mgd`; no code is fetched."""
+`[B, K, H, W]` for pixels `[B, 3, H, W]` of 0..255. This needs the Python {packages}; no code is fetched."""
 
 
 def short_card(
-    backbone: str, classes: Sequence[str], colors: Sequence[Sequence[int]], source: str, **data
+    backbone: str,
+    classes: Sequence[str],
+    colors: Sequence[Sequence[int]],
+    source: str,
+    plugin: str | None = None,
+    **data,
 ) -> ModelCard:
     """Return the card of a network whose training is not known.
 
@@ -33,6 +38,7 @@ def short_card(
         classes: K class names.
         colors: K (r, g, b) colours.
         source: what to load it from: a repository, or a folder.
+        plugin: package from outside that brings its head, if one does.
         **data: more fields of the front matter, such as `license`.
     """
     rows = [
@@ -44,7 +50,7 @@ def short_card(
 
 A semantic segmentation network on the timm backbone `{backbone}`, {len(classes)} classes.
 
-{usage(source, 'PIL.Image.new("RGB", (320, 240), "grey")')}
+{usage(source, 'PIL.Image.new("RGB", (320, 240), "grey")', plugin=plugin)}
 
 | index | class | colour |
 |---|---|---|
@@ -63,15 +69,17 @@ def assembled(data: ModelCardData, body: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def usage(source: str, picture: str, imports: str = "") -> str:
+def usage(source: str, picture: str, imports: str = "", plugin: str | None = None) -> str:
     """Return the Markdown that shows how to load and use a model; its Python runs as it stands.
 
     Args:
         source: what to load it from: a repository, or a folder.
         picture: Python expression of a PIL image.
         imports: lines that `picture` needs.
+        plugin: package from outside that brings its head, if one does.
     """
-    return _USAGE.format(source=source, picture=picture, imports=imports)
+    packages = f"packages `mgd` and `{plugin}`" if plugin else "package `mgd`"
+    return _USAGE.format(source=source, picture=picture, imports=imports, packages=packages)
 
 
 def hex_color(color: Sequence[int]) -> str:

@@ -214,7 +214,8 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             repo_id: what its usage example loads; "." is the folder that it lies in.
             **data: more fields of its front matter, such as `license`.
         """
-        return short_card(self.section.backbone, self.classes, self.colors, repo_id, **data)
+        plugin = HEADS.package_of(self.section.head.name)
+        return short_card(self.section.backbone, self.classes, self.colors, repo_id, plugin, **data)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **download) -> "Segmenter":
@@ -296,10 +297,15 @@ def check_trainable(
             "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
             'double it, or use [student.head] norm = "group"'
         )
+    pixels = torch.empty(images, 3, crop, crop, device="meta")
     try:
-        model.train()(torch.empty(images, 3, crop, crop, device="meta")).logits.sum().backward()
+        low, high = model.train()._maps(pixels)
+        _check_head(model, low, high)
+        model(pixels).logits.sum().backward()
     except NotImplementedError:
         return  # an operation without a meta kernel proves nothing
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(
             f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: "
@@ -321,6 +327,37 @@ def check_trainable(
         )
     if section.pretrained:
         build_backbone(section.backbone, section.output_stride, pretrained=True)
+
+
+def _check_head(model: Segmenter, low: Tensor, high: Tensor) -> None:
+    """Check what a head makes of a backbone's maps on the meta device.
+
+    Raises:
+        UserError: it fails, or returns something else than logits and features.
+        NotImplementedError: it cannot be tried without data.
+    """
+    title = f"[student.head] name = {model.section.head.name!r}"
+    maps = f"maps of {list(low.shape)} and {list(high.shape)}"
+    try:
+        found = model.head(low, high)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        if "meta tensor" in str(error):  # such as .item()
+            raise NotImplementedError from error
+        raise UserError(
+            f"{title} cannot train on {maps}: {one_line(error)}; choose another [data] crop or head"
+        ) from error
+    shapes = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in found]
+    wanted = (low.shape[0], len(model.classes)), (high.shape[0],)
+    if len(shapes) != 2 or any(
+        not isinstance(shape, list) or len(shape) != 4 or tuple(shape[: len(start)]) != start
+        for shape, start in zip(shapes, wanted, strict=False)
+    ):
+        raise UserError(
+            f"{title} must return logits [B, K, h, w] and features [B, C, h, w], of {maps} and K = "
+            f"{len(model.classes)} it returns {shapes}"
+        )
 
 
 def load_segmenter(source: str | Path, **download) -> Segmenter:

@@ -83,8 +83,8 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
 
 
 def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
-    for part in ("train", "val"):
-        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
+    for seed, part in enumerate(("train", "val")):
+        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(seed))
     recipe = folder_recipe(tmp_path, partition={"labeled": 2, "seed": 3}, eval={"every": 15})
     run_recipe(load(recipe), Accelerator())
     run = tmp_path / "runs" / "tiny"
@@ -130,8 +130,8 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
 
 
 def test_masks_that_a_teacher_given_by_its_weights_learned_from_are_left_out(tmp_path, run_here):
-    for part in ("train", "val"):
-        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(0))
+    for seed, part in enumerate(("train", "val")):
+        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(seed))
     run = {"output": str(tmp_path / "runs"), "name": "teacher", "threads": 1}
     run_recipe(load(folder_recipe(tmp_path, partition={"labeled": 3, "seed": 0}, run=run)), Accelerator())
     method = {"name": "kd", "distill_from": ["deep"]}

@@ -1,0 +1,341 @@
+"""Packages from outside: what they may bring, and what is said of those that do not keep to it."""
+
+import dataclasses
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from accelerate import Accelerator
+from conftest import TINY, Toy, merged
+from safetensors.torch import load_file
+from torch import nn
+
+from mgd.checks import _read
+from mgd.data.datasets import Shapes
+from mgd.errors import UserError
+from mgd.experiment import run_recipe
+from mgd.hub import open_run, write_folder
+from mgd.methods.base import Method, MethodSection, StepOutput
+from mgd.methods.contract import check_parts, checked_output
+from mgd.models.segmenter import check_trainable
+from mgd.recipe import load
+from mgd.registry import DATASETS, EXPORTERS, HEADS, METHODS, Registry
+from mgd.schema import json_schema
+from mgd.sections import ModelSection, Section
+
+PACKAGE = '''
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mgd.data.datasets import Shapes
+from mgd.export.torch_export import TorchExporter
+from mgd.methods.base import Method, MethodSection, StepOutput
+from mgd.sections import Section
+
+
+class AdaptedConfig(MethodSection):
+    name: Literal["adapted"] = "adapted"
+    weights: tuple[float, ...] = (1.0,)
+
+
+class Seen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+
+class Adapted(Method):
+    Config = AdaptedConfig
+    uses_unlabeled = False
+    fails_at = None
+
+    def __init__(self, config, networks, teachers=None):
+        super().__init__(config, networks, teachers)
+        self.layers["projection"] = nn.Conv2d(24, 3, 1)
+        self.averages["seen"] = Seen()
+
+    def step(self, batch, step):
+        if step == Adapted.fails_at:
+            raise RuntimeError("the power is gone")
+        self.averages["seen"].count += 1
+        out = self.networks[0](batch["image"])
+        pull = (self.layers["projection"](out.features) - 1).square().mean()
+        loss = self.labeled_loss(out.logits, batch["label"]) + self.config.weights[0] * pull
+        return StepOutput(loss, {"loss_pull": pull, "seen": float(self.averages["seen"].count)})
+
+
+class FlatConfig(Section):
+    name: Literal["flat"] = "flat"
+
+
+class Flat(nn.Module):
+    Config = FlatConfig
+
+    def __init__(self, config, low_channels, high_channels, num_classes):
+        super().__init__()
+        self.squeeze = nn.Conv2d(high_channels, 24, 1)
+        self.classifier = nn.Conv2d(24, num_classes, 1)
+
+    def forward(self, low, high):
+        features = self.squeeze(high)
+        return nn.functional.interpolate(self.classifier(features), size=low.shape[-2:]), features
+
+
+class Drawn(Shapes):
+    """Ours under another name."""
+
+
+class Again(TorchExporter):
+    suffix = ".again"
+'''
+POINTS = {
+    "mgd.methods": {
+        "adapted": "segplus:Adapted",
+        "broken": "segplus_that_is_not_there:A",
+        "cwd": "segplus:Adapted",
+    },
+    "mgd.heads": {"flat": "segplus:Flat"},
+    "mgd.datasets": {"drawn": "segplus:Drawn"},
+    "mgd.exporters": {"again": "segplus:Again"},
+}
+
+
+@pytest.fixture
+def segplus(tmp_path, monkeypatch):
+    """Install a package, as far as Python looks at one, for the time of a test; return its module."""
+    site = tmp_path / "site"
+    info = site / "segplus-1.2.dist-info"
+    info.mkdir(parents=True)
+    (site / "segplus.py").write_text(PACKAGE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: segplus\nVersion: 1.2\n")
+    groups = (
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+        for group, points in POINTS.items()
+    )
+    (info / "entry_points.txt").write_text("\n".join(groups))
+    for registry in (DATASETS, HEADS, METHODS, EXPORTERS):
+        registry.names()  # what is there without it
+    monkeypatch.syspath_prepend(site)
+    for registry in (DATASETS, HEADS, METHODS, EXPORTERS):
+        monkeypatch.delitem(vars(registry), "_points")
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+        monkeypatch.setattr(registry, "_loaded", {})
+    import segplus
+
+    yield segplus
+    del sys.modules["segplus"]
+
+
+def write_plugged(write_recipe, tmp_path, name):
+    changes = {"run": {"name": name, "output": str(tmp_path / "runs")}, "data": {"name": "drawn"}}
+    table = merged(TINY, changes) | {"method": {"name": "adapted", "weights": [0.5]}}
+    table["student"] = TINY["student"] | {"head": {"name": "flat"}}
+    path = tmp_path / f"{name}.toml"
+    path.write_text(tomli_w.dumps(table))
+    return path
+
+
+def test_a_package_brings_one_of_each(segplus, write_recipe, tmp_path, monkeypatch, run_here):
+    whole, stopped = (load(write_plugged(write_recipe, tmp_path, name)) for name in ("whole", "stopped"))
+    metrics = run_recipe(whole, Accelerator())
+    assert metrics["versions"]["segplus"] == "1.2"
+    monkeypatch.setattr(segplus.Adapted, "fails_at", 3)
+    with pytest.raises(RuntimeError, match="power"):
+        run_recipe(stopped, Accelerator())
+    monkeypatch.setattr(segplus.Adapted, "fails_at", None)
+    torch.manual_seed(99)  # a fresh process would be elsewhere, too
+    run_recipe(stopped, Accelerator())
+    states = [load_file(recipe.run_dir / "checkpoint" / "state.safetensors") for recipe in (whole, stopped)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert states[0]["seen/count"] == 4
+    rows = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["seen"] for row in rows if "seen" in row] == [1, 2, 3, 4]
+    assert rows[3]["loss_pull"] < rows[0]["loss_pull"]  # the layer learns
+
+    write_folder(open_run(whole.run_dir), "me/net", None, tmp_path / "card")
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "needs the Python packages `mgd` and `segplus`" in " ".join(card.split())
+    done = run_here("export.py", "--model", whole.run_dir, "--format", "again", "--samples", 2)
+    assert done.returncode == 0 and list((whole.run_dir / "export").glob("*.again")), done.stderr
+    schema = json.dumps(json_schema())
+    assert '"AdaptedConfig"' in schema and '"FlatConfig"' in schema and '"Drawn"' in schema
+
+
+def test_a_broken_plugin_stops_nobody_else(segplus):
+    with pytest.raises(UserError, match=r"plug-in 'broken' \(segplus_that_is_not_there:A\) fails to import: Module"):
+        METHODS.get("broken")
+    assert METHODS.get("adapted") is segplus.Adapted and METHODS.get("kd") and "broken" in METHODS.names()
+    with pytest.raises(UserError, match=r"'cwd' has several owners: mgd itself, segplus \(segplus:Adapted\); rename"):
+        METHODS.get("cwd")
+    assert "adapted" in METHODS.usable() and not {"broken", "cwd"} & METHODS.usable().keys()
+
+
+def test_what_is_ours_keeps_to_the_contract_too():
+    for registry in (DATASETS, HEADS, METHODS, EXPORTERS):
+        assert registry.usable().keys() == set(registry.names())
+        assert not {
+            name: found for name, entry in registry.usable().items() if (found := registry._problem(entry, name))
+        }
+
+
+class MineConfig(MethodSection):
+    name: Literal["mine"] = "mine"
+    weight: float = 1.0
+
+
+class Mine(Method):
+    Config = MineConfig
+
+    def step(self, batch, step):
+        raise NotImplementedError
+
+
+class ListConfig(MineConfig):
+    weights: list[float] = [1.0]
+
+
+class NamelessConfig(MethodSection):
+    pass
+
+
+class HeadConfig(Section):
+    name: Literal["mine"] = "mine"
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (textwrap, r"is no class that derives from mgd.methods.base.Method; write mine = \"package"),
+        (Toy, "is no class that derives from mgd.methods.base.Method"),
+        (type("A", (Method,), {"Config": MineConfig}), "lacks step, see mgd.methods.base.Method"),
+        (type("B", (Method,), {"step": Mine.step}), "lacks Config"),
+        (type("C", (Mine,), {"Config": HeadConfig}), "Config that does not derive from mgd.methods.base.MethodSection"),
+        (type("D", (Mine,), {"Config": NamelessConfig}), r"it needs name: Literal\[\"mine\"\] = \"mine\""),
+        (type("E", (Mine,), {"Config": ListConfig}), r"no recipe can hold, weights: a list is tuple\[...\] there"),
+    ],
+)
+def test_a_class_that_is_no_method_is_refused(entry, expected, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "entry", entry, raising=False)
+    registry = Registry("method", "none", [], METHODS.base, METHODS.own, METHODS.config)
+    point = type("Point", (), {"name": "mine", "value": "here:entry", "dist": None, "load": lambda self: entry})()
+    monkeypatch.setitem(vars(registry), "_points", {"mine": [point]})
+    with pytest.raises(UserError, match=rf"the method plug-in 'mine' \(here:entry\) .*{expected}"):
+        registry.get("mine")
+    assert registry.usable() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda method: setattr(method, "projection", nn.Conv2d(3, 3, 1)),
+            "nobody would train self.projection",
+        ),
+        (lambda method: setattr(method, "scale", nn.Parameter(torch.ones(1))), "nobody would train self.scale"),
+        (
+            lambda method: method.averages.update(tau=torch.zeros(3)),
+            r"averages\['tau'\] must be a torch.nn.Module",
+        ),
+        (lambda method: method.averages.update(network0=nn.Identity()), "averages cannot hold the name 'network0'"),
+        (lambda method: method.layers.update({"a/b": nn.Identity()}), "layers cannot hold the name 'a/b'"),
+        (
+            lambda method: (method.layers.update(a=nn.Identity()), method.averages.update(a=nn.Identity())),
+            "both hold 'a'",
+        ),
+        (lambda method: setattr(method, "deployed", lambda: nn.Identity()), r"deployed\(\) must return one of"),
+    ],
+)
+def test_parts_that_would_be_lost_are_refused(change, expected):
+    method = Mine(MineConfig(), [Toy(0)])
+    check_parts(method)
+    change(method)
+    with pytest.raises(UserError, match=rf"\[method\] name = 'mine': .*{expected}"):
+        check_parts(method)
+
+
+LOSS = torch.ones((), requires_grad=True) * 2
+
+
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        (LOSS, r"must return StepOutput\(loss, log\), not Tensor"),
+        (StepOutput(2.0, {}), "a scalar loss with a gradient, not of type float"),
+        (StepOutput(LOSS.detach(), {}), r"not a tensor of shape \[\] without a gradient"),
+        (StepOutput(LOSS[None], {}), r"not a tensor of shape \[1\]"),
+        (StepOutput(LOSS, [LOSS]), "a dict of numbers as its log, not list"),
+        (StepOutput(LOSS, {"step": LOSS}), "logs 'step', which the loop writes itself"),
+        (StepOutput(LOSS, {"each": torch.zeros(2)}), r"logs 'each', which is a tensor of shape \[2\]"),
+        (StepOutput(LOSS, {"note": "high"}), "logs 'note', which is of type str"),
+    ],
+)
+def test_steps_that_return_something_else_are_refused(out, expected):
+    method = Mine(MineConfig(), [Toy(0)])
+    assert checked_output(StepOutput(LOSS, {"a": 3, "b": LOSS}), method).log["a"].item() == 3
+    with pytest.raises(UserError, match=rf"\[method\] name = 'mine': step .*{expected}"):
+        checked_output(out, method)
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [
+        (lambda self, low, high: (low[:, :5], high), r"returns \[\[2, 5, 16, 16\], \[2, \d+, 4, 4\]\]"),
+        (lambda self, low, high: low[:, :4], r"must return logits \[B, K, h, w\] and features"),
+        (lambda self, low, high: (low[:, :4], None), "'NoneType'"),
+        (lambda self, low, high: (low[:, :4] / self.zero, high), r"cannot train on maps of \[2, .*: .*zero.*or head"),
+    ],
+)
+def test_heads_that_return_something_else_are_refused(forward, expected, monkeypatch):
+    """They are blamed themselves, before anything is trained, not the backbone and the crop."""
+    head = type("Head", (nn.Module,), {"__init__": lambda self, *_: nn.Module.__init__(self), "forward": forward})
+    monkeypatch.setitem(HEADS._entries, "mine", head)
+    model = type("Model", (ModelSection,), {"__annotations__": {"head": HeadConfig}})
+    section = model(backbone="test_resnet", pretrained=False, output_stride=16, head=HeadConfig())
+    with pytest.raises(UserError, match=rf"\[student.head\] name = 'mine' .*{expected}"):
+        check_trainable(section, 4, 2, 64, False)
+    monkeypatch.setattr(head, "forward", lambda self, low, high: (low[:, :4] * low.mean().item(), high))
+    check_trainable(section, 4, 2, 64, False)  # cannot be tried without data, which is no mistake
+
+
+def _renamed(splits, name, ids):
+    table = getattr(splits, name)
+    return dataclasses.replace(splits, **{name: table.remove_columns("id").add_column("id", ids)})
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda splits: None, "must return mgd.data.datasets.Splits, not NoneType"),
+        (
+            lambda splits: dataclasses.replace(splits, unlabeled=None),
+            "unlabeled must be a datasets.Dataset",
+        ),
+        (lambda splits: dataclasses.replace(splits, val=splits.val.remove_columns("label")), "val must be .*label"),
+        (lambda splits: _renamed(splits, "labeled", ["a", "a", "b"]), "of the training images several are called a$"),
+        (lambda splits: _renamed(splits, "val", ["c", "c"]), "of the val images several are called c$"),
+        (lambda splits: dataclasses.replace(splits, classes=("x", "y")), r"load\(\) 2 classes and 7 colours"),
+        (lambda splits: dataclasses.replace(splits, colors=splits.colors[:3]), "7 classes and 3 colours"),
+        (lambda splits: Path("/no/such/file").read_text(), "No such file or directory: '/no/such/file'"),
+    ],
+)
+def test_readers_that_return_something_else_are_refused(change, expected):
+    reader = type("Reader", (Shapes,), {"load": lambda self: change(Shapes.load(self))})
+    section = reader(name="mine", num_train=3, num_val=2, size=32)
+    assert isinstance(Shapes(name="shapes", num_train=3, num_val=2, size=32).load().val, datasets.Dataset)
+    with pytest.raises(UserError, match=rf"\[data\] name = 'mine': .*{expected}"):
+        _read(section)
+
+
+def test_an_array_is_logged_like_a_number():
+    out = checked_output(StepOutput(LOSS, {"share": np.float32(0.5)}), Mine(MineConfig(), [Toy(0)]))
+    assert out.log["share"].item() == 0.5
