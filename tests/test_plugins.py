@@ -13,7 +13,7 @@ import pytest
 import tomli_w
 import torch
 from accelerate import Accelerator
-from conftest import TINY, Toy, merged
+from conftest import ROOT, TINY, Toy, merged
 from safetensors.torch import load_file
 from torch import nn
 
@@ -169,6 +169,24 @@ def test_a_package_brings_one_of_each(segplus, write_recipe, tmp_path, monkeypat
     assert done.returncode == 0 and list((whole.run_dir / "export").glob("*.again")), done.stderr
     schema = json.dumps(json_schema())
     assert '"AdaptedConfig"' in schema and '"FlatConfig"' in schema and '"Drawn"' in schema
+
+
+def test_the_method_of_the_readme_learns(write_recipe, monkeypatch, run_here):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = next(part for part in text.split("```python\n") if "class MineConfig" in part).split("```")[0]
+    names = {"__name__": "mypackage"}
+    exec(compile(example, "README.md", "exec"), names)
+    monkeypatch.setitem(METHODS._entries, "mine", names["Mine"])
+    assert METHODS._problem(names["Mine"], "mine") is None
+    run = run_recipe(load(write_recipe(run={"name": "teacher"})), Accelerator())
+    teachers = {"deep": {"checkpoint": str(load(write_recipe(run={"name": "teacher"})).run_dir)}}
+    path = write_recipe(method={"name": "mine", "weight": 2.0}, teachers=teachers)
+    done = run_here("distill.py", "--recipe", path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (load(path).run_dir / "metrics.jsonl").read_text().splitlines()]
+    first, last = rows[0], rows[-2]
+    assert first["loss"] == pytest.approx(first["loss_supervised"] + 2 * first["loss_mine"], rel=1e-5)
+    assert last["loss_mine"] < first["loss_mine"] and run["steps"] == 4
 
 
 def test_a_broken_plugin_stops_nobody_else(segplus):
