@@ -14,6 +14,7 @@ import tomli_w
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, TINY, Toy, merged
+from plugin_package import install
 from safetensors.torch import load_file
 from torch import nn
 
@@ -30,101 +31,14 @@ from mgd.registry import DATASETS, EXPORTERS, HEADS, METHODS, Registry
 from mgd.schema import json_schema
 from mgd.sections import ModelSection, Section
 
-PACKAGE = '''
-from typing import Literal
-
-import torch
-from torch import nn
-
-from mgd.data.datasets import Shapes
-from mgd.export.torch_export import TorchExporter
-from mgd.methods.base import Method, MethodSection, StepOutput
-from mgd.sections import Section
-
-
-class AdaptedConfig(MethodSection):
-    name: Literal["adapted"] = "adapted"
-    weights: tuple[float, ...] = (1.0,)
-
-
-class Seen(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-
-
-class Adapted(Method):
-    Config = AdaptedConfig
-    uses_unlabeled = False
-    fails_at = None
-
-    def __init__(self, config, networks, teachers=None):
-        super().__init__(config, networks, teachers)
-        self.layers["projection"] = nn.Conv2d(24, 3, 1)
-        self.averages["seen"] = Seen()
-
-    def step(self, batch, step):
-        if step == Adapted.fails_at:
-            raise RuntimeError("the power is gone")
-        self.averages["seen"].count += 1
-        out = self.networks[0](batch["image"])
-        pull = (self.layers["projection"](out.features) - 1).square().mean()
-        loss = self.labeled_loss(out.logits, batch["label"]) + self.config.weights[0] * pull
-        return StepOutput(loss, {"loss_pull": pull, "seen": float(self.averages["seen"].count)})
-
-
-class FlatConfig(Section):
-    name: Literal["flat"] = "flat"
-
-
-class Flat(nn.Module):
-    Config = FlatConfig
-
-    def __init__(self, config, low_channels, high_channels, num_classes):
-        super().__init__()
-        self.squeeze = nn.Conv2d(high_channels, 24, 1)
-        self.classifier = nn.Conv2d(24, num_classes, 1)
-
-    def forward(self, low, high):
-        features = self.squeeze(high)
-        return nn.functional.interpolate(self.classifier(features), size=low.shape[-2:]), features
-
-
-class Drawn(Shapes):
-    """Ours under another name."""
-
-
-class Again(TorchExporter):
-    suffix = ".again"
-'''
-POINTS = {
-    "mgd.methods": {
-        "adapted": "segplus:Adapted",
-        "broken": "segplus_that_is_not_there:A",
-        "cwd": "segplus:Adapted",
-    },
-    "mgd.heads": {"flat": "segplus:Flat"},
-    "mgd.datasets": {"drawn": "segplus:Drawn"},
-    "mgd.exporters": {"again": "segplus:Again"},
-}
-
 
 @pytest.fixture
 def segplus(tmp_path, monkeypatch):
-    """Install a package, as far as Python looks at one, for the time of a test; return its module."""
-    site = tmp_path / "site"
-    info = site / "segplus-1.2.dist-info"
-    info.mkdir(parents=True)
-    (site / "segplus.py").write_text(PACKAGE)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: segplus\nVersion: 1.2\n")
-    groups = (
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
-        for group, points in POINTS.items()
-    )
-    (info / "entry_points.txt").write_text("\n".join(groups))
+    """The package, installed for the time of a test."""
+    install(tmp_path / "site")
     for registry in (DATASETS, HEADS, METHODS, EXPORTERS):
         registry.names()  # what is there without it
-    monkeypatch.syspath_prepend(site)
+    monkeypatch.syspath_prepend(tmp_path / "site")
     for registry in (DATASETS, HEADS, METHODS, EXPORTERS):
         monkeypatch.delitem(vars(registry), "_points")
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))

@@ -11,7 +11,9 @@ import time
 import datasets
 import PIL.Image
 import pytest
-from conftest import ONLINE, TINY, run_stage, stage_command, steps_done
+import tomli_w
+from conftest import ONLINE, TINY, merged, run_stage, stage_command, steps_done
+from plugin_package import install
 from safetensors.torch import load_file
 
 # Norms without batch statistics: only the order of sums tells the number of processes.
@@ -116,6 +118,25 @@ def test_teachers_that_train_along_learn_the_same_on_two_processes(write_recipe,
     assert done.returncode == 0, done.stderr
     metrics = same_within_tolerance(tmp_path / "runs" / "one", tmp_path / "runs" / "many")
     assert [found["num_processes"] for found in metrics] == [1, 2]
+
+
+@pytest.mark.slow
+def test_layers_of_a_plugin_learn_the_same_on_two_processes(write_recipe, tmp_path):
+    install(tmp_path / "site")
+    student = EXACT["student"] | {"head": {"name": "flat"}}
+    recipe = tmp_path / "recipe.toml"
+    for name, launcher in (("one", ()), ("two", torchrun(2, 29546))):
+        run = {"name": name, "output": str(tmp_path / "runs")}
+        table = merged(TINY, {"run": run, "data": EXACT["data"]}) | {"method": {"name": "adapted"}}
+        recipe.write_text(tomli_w.dumps(table | {"student": {"pretrained": False} | student}))
+        env = ON_CPU | {"PYTHONPATH": str(tmp_path / "site")}
+        done = run_stage("teacher_cps.py", "--recipe", recipe, launcher=launcher, env=env)
+        assert done.returncode == 0, done.stderr
+    metrics = same_within_tolerance(tmp_path / "runs" / "one", tmp_path / "runs" / "two")
+    assert [found["num_processes"] for found in metrics] == [1, 2]
+    states = [load_file(tmp_path / "runs" / name / "checkpoint" / "state.safetensors") for name in ("one", "two")]
+    for key in ("projection/weight", "seen/count"):
+        assert states[0][key].allclose(states[1][key], atol=1e-4)
 
 
 @pytest.mark.slow
