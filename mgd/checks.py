@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,12 +17,13 @@ from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, per_process
 from mgd.data.partitions import Split, repainted, split
+from mgd.data.reading import read_splits
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity, whole_pool
 from mgd.data.transforms import LabelDecoder
-from mgd.errors import UserError, one_line, some
+from mgd.errors import UserError, some
 from mgd.files import read_json
-from mgd.models.segmenter import check_trainable
+from mgd.models.trial import check_trainable
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
 from mgd.runs import finished_metrics
@@ -47,42 +47,13 @@ def _without_augmentation(section: DataSection) -> DataSection:
 
 @functools.lru_cache(maxsize=2)
 def _load_splits(section: DataSection) -> Splits:
-    splits = _read(section)
+    splits = read_splits(section)
     if section.unlabeled and not section.unlabeled.streaming:
         pool = whole_pool(section.unlabeled)
         unlabeled = datasets.concatenate_datasets([splits.unlabeled, pool])
         splits = dataclasses.replace(splits, unlabeled=unlabeled, pool=tuple(pool["id"]))
     if len(splits.val) == 0:
         raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
-    return splits
-
-
-def _read(section: DataSection) -> Splits:
-    """Let a reader read, and check what it returns, a plug-in's as ours.
-
-    Raises:
-        UserError: a file cannot be read, or it does not return what `Splits` says.
-    """
-    title = f"[data] name = {section.name!r}"
-    try:
-        splits = section.load()
-    except OSError as error:
-        raise UserError(f"{title}: {one_line(error)}") from error
-    if not isinstance(splits, Splits):
-        raise UserError(f"{title}: load() must return mgd.data.datasets.Splits, not {type(splits).__name__}")
-    columns = {"labeled": {"id", "image", "label"}, "unlabeled": {"id", "image"}, "val": {"id", "image", "label"}}
-    for name, needed in columns.items():
-        table = getattr(splits, name)
-        if not isinstance(table, datasets.Dataset) or needed - set(table.column_names):
-            raise UserError(f"{title}: {name} must be a datasets.Dataset with columns {', '.join(sorted(needed))}")
-    for what, ids in {"training": [*splits.labeled["id"], *splits.unlabeled["id"]], "val": splits.val["id"]}.items():
-        if twice := [name for name, count in Counter(ids).items() if count > 1]:
-            raise UserError(f"{title}: ids must be unique, but of the {what} images several are called {some(twice)}")
-    if splits.classes != tuple(section.class_names()) or len(splits.colors) != len(splits.classes):
-        raise UserError(
-            f"{title}: class_names() has {len(section.class_names())} names, load() {len(splits.classes)} classes and "
-            f"{len(splits.colors)} colours; they must be the same classes, with a colour each"
-        )
     return splits
 
 
@@ -227,11 +198,6 @@ def _check_images(
         problems[what], pixels[what] = _read_all(images, with_label, what, section, accelerator)
     if any(problems.values()):
         _answer_problems([why for part in problems.values() for why in part.values()], section, accelerator)
-    if leaked := _same_images(splits, labeled):
-        raise UserError(
-            f"[data] {len(leaked)} validation images are labelled training images, the same file under the same name "
-            f"({some(leaked)}); the score would be on what was learnt, take them out of one"
-        )
     for what in ("labelled", "validation"):
         if len(problems[what]) == len(parts[what][0]):
             raise UserError(f"[data] none of the {len(problems[what])} {what} images can be used")
@@ -250,6 +216,11 @@ def _check_images(
     splits = dataclasses.replace(splits, val=rows_of(splits.val, tuple(val)))
     first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
     labeled = tuple(name for name in labeled if name not in problems["labelled"])
+    if leaked := _same_images(splits.labeled, splits.val, labeled):
+        raise UserError(
+            f"[data] {len(leaked)} validation images are labelled training images, the same file under the same name "
+            f"({some(leaked)}); the score would be on what was learnt, take them out of one"
+        )
     unlabeled = tuple(name for name in unlabeled if name not in problems["unlabelled"])
     skipped = problems["labelled"] | problems["unlabelled"]
     skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
@@ -259,12 +230,14 @@ def _check_images(
     return splits, partition, (first.height, first.width)
 
 
-def _same_images(splits: Splits, labeled: tuple[str, ...]) -> list[str]:
-    """Return which of the labelled images, by id and byte for byte, are validation images, too."""
-    shared = tuple(set(labeled) & set(splits.val["id"]))
-    ours, theirs = (Images(rows_of(source, shared)) for source in (splits.labeled, splits.val))
-    of_val = {name: index for index, name in enumerate(theirs.ids)}
-    return [name for index, name in enumerate(ours.ids) if ours.encoded(index) == theirs.encoded(of_val[name])]
+def _same_images(labeled: datasets.Dataset, val: datasets.Dataset, ids: tuple[str, ...]) -> list[str]:
+    """Return which of the labelled images, `ids`, are validation images, too, by id and byte for byte."""
+    shared = tuple(set(ids).intersection(val["id"][:]))
+    ours, theirs = (
+        {name: images.encoded(index) for index, name in enumerate(images.ids)}
+        for images in (Images(rows_of(source, shared)) for source in (labeled, val))
+    )
+    return [name for name in ours if ours[name] == theirs[name]]
 
 
 def _mask_sums(labeled: datasets.Dataset, val: datasets.Dataset) -> dict[str, int]:

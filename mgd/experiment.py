@@ -161,15 +161,33 @@ def _build(
         images = training_images(recipe, splits, partition)
         targets, teachers = cached_targets(recipe, accelerator, teachers, images), {}
     frozen = {name: teacher.to(accelerator.device) for name, teacher in teachers.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.run.seed)  # layers of its own must not depend on what this process did before
-        method = METHODS.get(recipe.method.name)(recipe.method, networks, frozen)
-    check_parts(method)
-    method.weigh_classes(torch.tensor(partition.class_pixels))
+    method = build_method(recipe, networks, frozen, partition)
     if recipe.run.compile:
         for network in [*networks, *frozen.values()]:
             network.compile(dynamic=False)  # a crop and a batch are always of one size
     return method, training_pairs(recipe, splits, partition, targets)
+
+
+def build_method(
+    recipe: Recipe, networks: Sequence[nn.Module], teachers: Mapping[str, nn.Module], partition: Split
+) -> Method:
+    """Return the method of a recipe, checked, its classes weighed.
+
+    Args:
+        recipe: the run.
+        networks: see `build_networks`.
+        teachers: frozen networks by name, on the device.
+        partition: of the run.
+
+    Raises:
+        UserError: it breaks what `Method` asks of it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)  # layers of its own must not depend on what this process did before
+        method = METHODS.get(recipe.method.name)(recipe.method, networks, teachers)
+    check_parts(method)
+    method.weigh_classes(torch.tensor(partition.class_pixels))
+    return method
 
 
 def _metrics(

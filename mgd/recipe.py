@@ -175,7 +175,7 @@ def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) 
             method.check(sections["method"], tuple(sections["teachers"]))
             if cached:
                 method.check_cached(sections["method"], sections["data"].crop, cache.cell)
-        except ValueError as error:
+        except UserError as error:
             errors.append(f"[method] {error}")
     _raise_all(errors, source)
     return Recipe(source=source, overrides=overrides, **sections)

@@ -229,7 +229,7 @@ class Optim(Section):
     def _momentum_is_of_sgd(self) -> "Optim":
         # A run keeps all keys in its recipe, so the default may stand there.
         if self.name != "sgd" and self.momentum != type(self).model_fields["momentum"].default:
-            raise ValueError(f"momentum = {self.momentum} is of name = 'sgd', {self.name!r} has none; leave it out")
+            raise ValueError(f"momentum is of name = 'sgd', {self.name!r} has none; leave it out, or at 0.9")
         return self
 
 

@@ -21,7 +21,7 @@ from mgd.data.stream import Pool
 from mgd.errors import Stopped, UserError
 from mgd.files import append_line, keep_lines
 from mgd.guard import Guard, StopSignals
-from mgd.methods.base import Method
+from mgd.methods.base import Method, bare
 from mgd.methods.contract import checked_output
 from mgd.optim import build_optimizer, poly_lr
 from mgd.recipe import Recipe
@@ -84,7 +84,7 @@ def train(
         def score(step: int) -> None:
             share_buffers(modules.values())
             with signals.at_once(kept.format(step)), point.not_training():  # it is done again from the resume point
-                log.write_scores(step, evaluate(method.deployed(), step))
+                log.write_scores(step, evaluate(bare(method.deployed()), step))
 
         if every and 0 < start < num_steps and start % every == 0:
             score(start)

@@ -23,7 +23,7 @@ from mgd.checks import check_classes, check_recipe  # noqa: E402
 from mgd.complexity import model_costs  # noqa: E402
 from mgd.data.loaders import StepSampler, training_loader  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import build_networks, training_pairs  # noqa: E402
+from mgd.experiment import build_method, build_networks, training_pairs  # noqa: E402
 from mgd.files import write_json  # noqa: E402
 from mgd.models.saved import model_section  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
@@ -144,10 +144,11 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     if student:
         check_classes(splits.classes, student, f"--model {args.model}")
         networks = [student]
-    method = METHODS.get(recipe.method.name)(recipe.method, [network.to(device) for network in networks], frozen)
-    method.weigh_classes(torch.tensor(partition.class_pixels))
-    for network in networks:
-        network.train()
+    method = build_method(recipe, networks, frozen, partition)
+    for module in [*networks, *method.layers.values()]:
+        module.to(device).train()
+    for average in method.averages.values():
+        average.to(device)
     pairs = training_pairs(recipe, splits, partition)
     sampler = StepSampler(0, args.repetitions, recipe.optim.batch_size, 0, 1)
     loader = training_loader(pairs, sampler, 0, pin_memory=False)

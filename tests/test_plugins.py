@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 from typing import Literal
 
-import datasets
 import numpy as np
 import pytest
 import tomli_w
@@ -18,14 +17,14 @@ from plugin_package import install
 from safetensors.torch import load_file
 from torch import nn
 
-from mgd.checks import _read
 from mgd.data.datasets import Shapes
+from mgd.data.reading import read_splits
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.hub import open_run, write_folder
 from mgd.methods.base import Method, MethodSection, StepOutput
 from mgd.methods.contract import check_parts, checked_output
-from mgd.models.segmenter import check_trainable
+from mgd.models.trial import check_trainable
 from mgd.recipe import load
 from mgd.registry import DATASETS, EXPORTERS, HEADS, METHODS, Registry
 from mgd.schema import json_schema
@@ -157,11 +156,13 @@ class HeadConfig(Section):
     ],
 )
 def test_a_class_that_is_no_method_is_refused(entry, expected, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "entry", entry, raising=False)
     registry = Registry("method", "none", [], METHODS.base, METHODS.own, METHODS.config)
     point = type("Point", (), {"name": "mine", "value": "here:entry", "dist": None, "load": lambda self: entry})()
     monkeypatch.setitem(vars(registry), "_points", {"mine": [point]})
     with pytest.raises(UserError, match=rf"the method plug-in 'mine' \(here:entry\) .*{expected}"):
+        registry.get("mine")
+    registry.register("mine")(entry)  # as a module does that was written for a decorator
+    with pytest.raises(UserError, match=expected):
         registry.get("mine")
     assert registry.usable() == {}
 
@@ -169,11 +170,16 @@ def test_a_class_that_is_no_method_is_refused(entry, expected, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        (lambda method: setattr(method, "projection", nn.Conv2d(3, 3, 1)), "self.projection holds a module that is"),
+        (lambda method: setattr(method, "scale", nn.Parameter(torch.ones(1))), "self.scale holds a module"),
+        (lambda method: setattr(method, "both", [nn.Conv2d(3, 3, 1)]), "self.both holds a module"),
         (
-            lambda method: setattr(method, "projection", nn.Conv2d(3, 3, 1)),
-            "nobody would train self.projection",
+            lambda method: setattr(method, "student", method.networks[0]),
+            "self.student .*as networks from self.networks",
         ),
-        (lambda method: setattr(method, "scale", nn.Parameter(torch.ones(1))), "nobody would train self.scale"),
+        (lambda method: setattr(method, "seen", nn.BatchNorm2d(3, affine=False)), "self.seen holds a module"),
+        (lambda method: method.averages.update(slow=nn.Conv2d(3, 3, 1)), r"averages\['slow'\] wants a gradient"),
+        (lambda method: delattr(method, "layers"), None),
         (
             lambda method: method.averages.update(tau=torch.zeros(3)),
             r"averages\['tau'\] must be a torch.nn.Module",
@@ -191,8 +197,16 @@ def test_parts_that_would_be_lost_are_refused(change, expected):
     method = Mine(MineConfig(), [Toy(0)])
     check_parts(method)
     change(method)
-    with pytest.raises(UserError, match=rf"\[method\] name = 'mine': .*{expected}"):
+    named = rf"\[method\] name = 'mine': .*{expected}" if expected else r"Mine: __init__ must call super\(\).__init__"
+    with pytest.raises(UserError, match=named):
         check_parts(method)
+
+
+def test_an_average_may_have_a_name_of_its_own():
+    method = Mine(MineConfig(), [Toy(0)])
+    method.averages["slow"] = method.slow = Toy(1).requires_grad_(False)
+    method.deployed = lambda: method.slow
+    check_parts(method)
 
 
 LOSS = torch.ones((), requires_grad=True) * 2
@@ -209,6 +223,7 @@ LOSS = torch.ones((), requires_grad=True) * 2
         (StepOutput(LOSS, {"step": LOSS}), "logs 'step', which the loop writes itself"),
         (StepOutput(LOSS, {"each": torch.zeros(2)}), r"logs 'each', which is a tensor of shape \[2\]"),
         (StepOutput(LOSS, {"note": "high"}), "logs 'note', which is of type str"),
+        (StepOutput(LOSS, {3: LOSS}), "logs 3, which is no name"),
     ],
 )
 def test_steps_that_return_something_else_are_refused(out, expected):
@@ -222,8 +237,10 @@ def test_steps_that_return_something_else_are_refused(out, expected):
     ("forward", "expected"),
     [
         (lambda self, low, high: (low[:, :5], high), r"returns \[\[2, 5, 16, 16\], \[2, \d+, 4, 4\]\]"),
-        (lambda self, low, high: low[:, :4], r"must return logits \[B, K, h, w\] and features"),
+        (lambda self, low, high: low[:, :4], r"must return logits .* it returns \[\[2, 4, 16, 16\]\]"),
         (lambda self, low, high: (low[:, :4], None), "'NoneType'"),
+        (lambda self, low, high: None, r"returns \['NoneType'\]"),
+        (lambda self, low, high: (low[:, :4].detach(), high), "with a gradient"),
         (lambda self, low, high: (low[:, :4] / self.zero, high), r"cannot train on maps of \[2, .*: .*zero.*or head"),
     ],
 )
@@ -235,8 +252,14 @@ def test_heads_that_return_something_else_are_refused(forward, expected, monkeyp
     section = model(backbone="test_resnet", pretrained=False, output_stride=16, head=HeadConfig())
     with pytest.raises(UserError, match=rf"\[student.head\] name = 'mine' .*{expected}"):
         check_trainable(section, 4, 2, 64, False)
-    monkeypatch.setattr(head, "forward", lambda self, low, high: (low[:, :4] * low.mean().item(), high))
-    check_trainable(section, 4, 2, 64, False)  # cannot be tried without data, which is no mistake
+    for needs_data in (
+        lambda self, low, high: (low[:, :4] * low.mean().item(), high),
+        lambda self, low, high: (low[:, :4] + torch.zeros(1, device="cpu")[:, None], high),
+    ):
+        monkeypatch.setattr(head, "forward", needs_data)
+        check_trainable(section, 4, 2, 64, False)  # cannot be tried, which is no mistake
+    with pytest.raises(UserError, match="no such model"):
+        check_trainable(section.model_copy(update={"backbone": "nothing"}), 4, 2, 64, False)
 
 
 def _renamed(splits, name, ids):
@@ -255,17 +278,21 @@ def _renamed(splits, name, ids):
         (lambda splits: dataclasses.replace(splits, val=splits.val.remove_columns("label")), "val must be .*label"),
         (lambda splits: _renamed(splits, "labeled", ["a", "a", "b"]), "of the training images several are called a$"),
         (lambda splits: _renamed(splits, "val", ["c", "c"]), "of the val images several are called c$"),
-        (lambda splits: dataclasses.replace(splits, classes=("x", "y")), r"load\(\) 2 classes and 7 colours"),
-        (lambda splits: dataclasses.replace(splits, colors=splits.colors[:3]), "7 classes and 3 colours"),
+        (
+            lambda splits: dataclasses.replace(splits, classes=("x", "y")),
+            r"says background, .*load\(\) x, y; they must",
+        ),
+        (lambda splits: dataclasses.replace(splits, colors=splits.colors[:3]), "7 classes, but 3 colours"),
+        (lambda splits: _renamed(splits, "labeled", [1, 2, 3]), "labeled must be .* id text and the others images"),
         (lambda splits: Path("/no/such/file").read_text(), "No such file or directory: '/no/such/file'"),
     ],
 )
 def test_readers_that_return_something_else_are_refused(change, expected):
     reader = type("Reader", (Shapes,), {"load": lambda self: change(Shapes.load(self))})
     section = reader(name="mine", num_train=3, num_val=2, size=32)
-    assert isinstance(Shapes(name="shapes", num_train=3, num_val=2, size=32).load().val, datasets.Dataset)
+    read_splits(Shapes(name="shapes", num_train=3, num_val=2, size=32))
     with pytest.raises(UserError, match=rf"\[data\] name = 'mine': .*{expected}"):
-        _read(section)
+        read_splits(section)
 
 
 def test_an_array_is_logged_like_a_number():

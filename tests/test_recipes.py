@@ -15,7 +15,8 @@ from conftest import ROOT
 
 from mgd.complexity import model_costs
 from mgd.experiment import run_recipe
-from mgd.models.segmenter import build_segmenter, check_trainable
+from mgd.models.segmenter import build_segmenter
+from mgd.models.trial import check_trainable
 from mgd.needed import check_folders, needed_recipes
 from mgd.recipe import load
 

@@ -8,6 +8,7 @@ import datasets
 
 from mgd.data.datasets import Folder, by_stem, table
 from mgd.data.partitions import split
+from mgd.data.reading import read_splits
 from mgd.errors import UserError
 from mgd.sections import DataSection, Partition
 
@@ -55,7 +56,7 @@ def find_candidates(section: DataSection, partition: Partition) -> Candidates:
         painted = sorted(images.keys() & by_stem(masks).keys()) if masks.is_dir() else []
         if bare := sorted(images.keys() - set(painted)):
             return Candidates(_rows(bare, images), _rows(painted, images), section, tuple(painted), masks)
-    splits = section.load()
+    splits = read_splits(section)
     everything = splits.labeled.select_columns(["id", "image"])
     if len(splits.unlabeled):
         return Candidates(splits.unlabeled, everything, section)

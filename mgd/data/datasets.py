@@ -1,8 +1,7 @@
 """Readers: a folder, or a generator, as `datasets.Dataset`s with columns `id`, `image`, `label`.
 
-A reader is the model of its own `[data]` section with the methods `load` and `class_names`. Register one with
-`@DATASETS.register("name")`; a package of yours can do so through the entry-point group
-`mgd.datasets`.
+A reader is the model of its own `[data]` section with the methods `load` and `class_names`. Ours are registered with
+`@DATASETS.register("name")`, those of other packages by the entry-point group `mgd.datasets`.
 """
 
 import dataclasses

@@ -162,7 +162,7 @@ def trace(network: nn.Module, target: Target) -> torch.export.ExportedProgram:
 
 
 class Exporter:
-    """One format; a plug-in derives from it and registers in `EXPORTERS`."""
+    """One format; a plug-in derives from it, and an entry point of the group `mgd.exporters` names it."""
 
     suffix: ClassVar[str]
     """Of the file or folder that is written."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mgd.errors import UserError
 from mgd.methods.base import Method, StepOutput, bare
 
+_PLACES = ("networks", "layers", "averages", "teachers")
 # Names in a log line, and in a step's terms, that are not a method's to give.
 _RESERVED = ("step", "loss", "lr", "images_per_second", "val_miou", "gradient")
 
@@ -22,6 +23,8 @@ def check_parts(method: Method) -> None:
     Raises:
         UserError: naming the attribute.
     """
+    if not hasattr(method, "layers"):
+        raise UserError(f"{type(method).__name__}: __init__ must call super().__init__(config, networks, teachers)")
     title = f"[method] name = {method.config.name!r}"
     for place in ("layers", "averages"):
         for name, part in getattr(method, place).items():
@@ -36,16 +39,18 @@ def check_parts(method: Method) -> None:
                 )
     if both := sorted(method.layers.keys() & method.averages.keys()):
         raise UserError(f"{title}: layers and averages both hold {both[0]!r}; rename one")
-    networks = [bare(network) for network in method.networks]
-    known = set(map(id, _parameters([*networks, *method.layers.values(), *method.averages.values()])))
+    if odd := [name for name, part in method.averages.items() if any(p.requires_grad for p in part.parameters())]:
+        raise UserError(f"{title}: averages[{odd[0]!r}] wants a gradient; requires_grad_(False), or put it into layers")
+    kept = set(map(id, _tensors(method.averages.values())))
     for name, part in vars(method).items():
-        modules = [part] if isinstance(part, nn.Module) else []
-        loose = [part] if isinstance(part, nn.Parameter) else _parameters(modules)
-        if any(parameter.requires_grad and id(parameter) not in known for parameter in loose):
+        if name not in _PLACES and any(id(tensor) not in kept for tensor in _tensors(_modules(part))):
             raise UserError(
-                f"{title}: nobody would train self.{name}; put it into self.layers, a dict of torch.nn.Module by name"
+                f"{title}: self.{name} holds a module that is neither trained nor kept there; put it into self.layers "
+                "(trained) or self.averages (not) and use it from there, as networks from self.networks, where the "
+                "loop puts what several processes share"
             )
-    if not any(method.deployed() is network for network in [*networks, *method.averages.values()]):
+    networks = [bare(network) for network in method.networks]
+    if not any(bare(method.deployed()) is network for network in [*networks, *method.averages.values()]):
         raise UserError(f"{title}: deployed() must return one of self.networks or self.averages, which all are kept")
 
 
@@ -68,6 +73,8 @@ def checked_output(out: StepOutput, method: Method) -> StepOutput:
         raise UserError(f"{title} must return a dict of numbers as its log, not {type(out.log).__name__}")
     log = {}
     for name, value in out.log.items():
+        if not isinstance(name, str):
+            raise UserError(f"{title} logs {name!r}, which is no name; names are text")
         if name in _RESERVED:
             raise UserError(f"{title} logs {name!r}, which the loop writes itself; choose another name")
         try:
@@ -79,8 +86,15 @@ def checked_output(out: StepOutput, method: Method) -> StepOutput:
     return StepOutput(out.loss, log)
 
 
-def _parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules for parameter in module.parameters()]
+def _modules(part: object) -> list[nn.Module]:
+    """Return the modules that an attribute holds, itself or in a list or dict."""
+    parts = part.values() if isinstance(part, Mapping) else part if isinstance(part, (list, tuple)) else [part]
+    loose = [nn.ParameterList([one]) for one in parts if isinstance(one, nn.Parameter)]
+    return loose + [one for one in parts if isinstance(one, nn.Module)]
+
+
+def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _shown(value: object) -> str:

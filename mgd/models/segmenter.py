@@ -100,7 +100,7 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         Returns:
             As of `forward`, with H and W rounded up to multiples of the output stride.
         """
-        low, high = self._maps(image)
+        low, high = self.maps(image)
         logits, features = self.head(low, high)
         size = [side + missing for side, missing in zip(image.shape[-2:], self._missing(image), strict=True)]
         logits = functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
@@ -115,10 +115,17 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         Returns:
             `[B, C]`: the mean of its deepest feature map over all positions.
         """
-        return self._maps(image)[1].float().mean(dim=(2, 3))
+        return self.maps(image)[1].float().mean(dim=(2, 3))
 
-    def _maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the backbone's two feature maps, of stride 4 and the deepest, of whole cells.
+    def maps(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the backbone's two feature maps, of whole cells.
+
+        Args:
+            image: `[B, 3, H, W]`, pixel values 0..255, uint8 or float.
+
+        Returns:
+            `[B, C1, h/4, w/4]` and `[B, C2, h/s, w/s]`; h and w are H and W rounded up to multiples of the output
+            stride s.
 
         A last cell that only part of the image fills would be spread over that part when the maps are enlarged, and
         all others be shifted: a point of mIoU on images of 180x240 at stride 16. So it is filled up with the mean
@@ -267,97 +274,6 @@ def fingerprint(model: Segmenter) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def check_trainable(
-    section: ModelSection,
-    num_classes: int,
-    images: int,
-    crop: int,
-    several_processes: bool,
-    whole: tuple[int, int] | None = None,
-) -> None:
-    """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
-
-    Args:
-        section: the recipe's `[student]`, or another of its kind.
-        num_classes: K.
-        images: images of one forward pass of one process.
-        crop: side of the training crop, pixels.
-        several_processes: a parameter without gradient, which they cannot share, is then an error.
-        whole: height and width of an image that is evaluated at once, pixels.
-
-    Raises:
-        UserError: the network cannot train at this size, or its weights cannot be had.
-    """
-    with torch.device("meta"):
-        model = nameless_segmenter(section, num_classes)
-    if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.head.modules()):
-        raise UserError(
-            "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
-            'double it, or use [student.head] norm = "group"'
-        )
-    pixels = torch.empty(images, 3, crop, crop, device="meta")
-    try:
-        low, high = model.train()._maps(pixels)
-        _check_head(model, low, high)
-        model(pixels).logits.sum().backward()
-    except NotImplementedError:
-        return  # an operation without a meta kernel proves nothing
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: "
-            f"{one_line(error)}; choose another [data] crop or backbone"
-        ) from error
-    try:
-        if whole is not None:  # a window is a crop, which has just been tried
-            model.eval()(torch.empty(1, 3, *whole, device="meta"))
-    except Exception as error:
-        raise UserError(
-            f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
-            f'crops of {crop}x{crop}; set [eval] mode = "slide"'
-        ) from error
-    idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    if idle and several_processes:
-        raise UserError(
-            f"[student] backbone = {section.backbone!r} has {len(idle)} parameters that its two feature maps do not "
-            f"use ({idle[0]}, ...), which cannot train on several processes; choose another backbone"
-        )
-    if section.pretrained:
-        build_backbone(section.backbone, section.output_stride, pretrained=True)
-
-
-def _check_head(model: Segmenter, low: Tensor, high: Tensor) -> None:
-    """Check what a head makes of a backbone's maps on the meta device.
-
-    Raises:
-        UserError: it fails, or returns something else than logits and features.
-        NotImplementedError: it cannot be tried without data.
-    """
-    title = f"[student.head] name = {model.section.head.name!r}"
-    maps = f"maps of {list(low.shape)} and {list(high.shape)}"
-    try:
-        found = model.head(low, high)
-    except NotImplementedError:
-        raise
-    except Exception as error:
-        if "meta tensor" in str(error):  # such as .item()
-            raise NotImplementedError from error
-        raise UserError(
-            f"{title} cannot train on {maps}: {one_line(error)}; choose another [data] crop or head"
-        ) from error
-    shapes = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in found]
-    wanted = (low.shape[0], len(model.classes)), (high.shape[0],)
-    if len(shapes) != 2 or any(
-        not isinstance(shape, list) or len(shape) != 4 or tuple(shape[: len(start)]) != start
-        for shape, start in zip(shapes, wanted, strict=False)
-    ):
-        raise UserError(
-            f"{title} must return logits [B, K, h, w] and features [B, C, h, w], of {maps} and K = "
-            f"{len(model.classes)} it returns {shapes}"
-        )
 
 
 def load_segmenter(source: str | Path, **download) -> Segmenter:

@@ -1,0 +1,127 @@
+"""Whether a network can train, tried without a byte of weights before hours are spent on it."""
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from mgd.errors import UserError, one_line
+from mgd.models.backbones import build_backbone
+from mgd.models.segmenter import Segmenter, nameless_segmenter
+from mgd.sections import ModelSection
+
+
+def check_trainable(
+    section: ModelSection,
+    num_classes: int,
+    images: int,
+    crop: int,
+    several_processes: bool,
+    whole: tuple[int, int] | None = None,
+) -> None:
+    """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
+
+    Args:
+        section: the recipe's `[student]`, or another of its kind.
+        num_classes: K.
+        images: images of one forward pass of one process.
+        crop: side of the training crop, pixels.
+        several_processes: a parameter without gradient, which they cannot share, is then an error.
+        whole: height and width of an image that is evaluated at once, pixels.
+
+    Raises:
+        UserError: the network cannot train at this size, or its weights cannot be had.
+    """
+    try:
+        _try(section, num_classes, images, crop, several_processes, whole)
+    except _NeedsData:
+        pass  # which proves nothing
+    if section.pretrained:
+        build_backbone(section.backbone, section.output_stride, pretrained=True)
+
+
+class _NeedsData(Exception):
+    """Something that cannot be tried on the meta device, which has no values."""
+
+
+def _try(
+    section: ModelSection,
+    num_classes: int,
+    images: int,
+    crop: int,
+    several_processes: bool,
+    whole: tuple[int, int] | None,
+) -> None:
+    try:
+        with torch.device("meta"):
+            model = nameless_segmenter(section, num_classes)
+    except RuntimeError as error:
+        if _needs_data(error):
+            raise _NeedsData from error
+        raise
+    if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.head.modules()):
+        raise UserError(
+            "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
+            'double it, or use [student.head] norm = "group"'
+        )
+    pixels = torch.empty(images, 3, crop, crop, device="meta")
+    try:
+        _try_head(model, *model.train().maps(pixels))
+        model(pixels).logits.sum().backward()
+    except (UserError, _NeedsData):
+        raise
+    except Exception as error:
+        if _needs_data(error):
+            raise _NeedsData from error
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: "
+            f"{one_line(error)}; choose another [data] crop or backbone"
+        ) from error
+    try:
+        if whole is not None:  # a window is a crop, which has just been tried
+            model.eval()(torch.empty(1, 3, *whole, device="meta"))
+    except Exception as error:
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
+            f'crops of {crop}x{crop}; set [eval] mode = "slide"'
+        ) from error
+    idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    if idle and several_processes:
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} has {len(idle)} parameters that its two feature maps do not "
+            f"use ({idle[0]}, ...), which cannot train on several processes; choose another backbone"
+        )
+
+
+def _try_head(model: Segmenter, low: Tensor, high: Tensor) -> None:
+    """Check what a head makes of a backbone's maps.
+
+    Raises:
+        UserError: it fails, or returns something else than logits and features.
+    """
+    title = f"[student.head] name = {model.section.head.name!r}"
+    maps = f"maps of {list(low.shape)} and {list(high.shape)}"
+    try:
+        found = model.head(low, high)
+    except Exception as error:
+        if _needs_data(error):
+            raise _NeedsData from error
+        raise UserError(
+            f"{title} cannot train on {maps}: {one_line(error)}; choose another [data] crop or head"
+        ) from error
+    parts = found if isinstance(found, tuple) else (found,)
+    shapes = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    wanted = ([low.shape[0], len(model.classes)], [high.shape[0]])
+    right = len(shapes) == 2 and all(
+        len(shape) == 4 and shape[: len(start)] == start for shape, start in zip(shapes, wanted, strict=True)
+    )
+    if not right or not parts[0].requires_grad:
+        raise UserError(
+            f"{title} must return logits [B, K, h, w] with a gradient and features [B, C, h, w]; of {maps} and K = "
+            f"{len(model.classes)} it returns {shapes}"
+        )
+
+
+def _needs_data(error: Exception) -> bool:
+    """Whether it is the meta device that an operation failed for."""
+    return isinstance(error, NotImplementedError) or bool(re.search(r"\bmeta\b", str(error)))
