@@ -40,7 +40,6 @@ class Registry(Generic[T]):
         self.kind, self.group, self.base, self.own, self.config = kind, group, base, tuple(own), config
         self._builtin = list(builtin)
         self._entries: dict[str, T] = {}
-        self._ours: set[str] = set()
         self._loaded: dict[str, EntryPoint] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -63,8 +62,10 @@ class Registry(Generic[T]):
         """
         self._load_builtin()
         if name not in self._loaded and (points := self._points.get(name)):
-            if name in self._ours or len(points) > 1:
-                owners = ["mgd itself"] if name in self._ours else []
+            # A class of another package may be here already: its module may use the decorator, too.
+            is_ours = name in self._entries and self._entries[name].__module__.startswith("mgd.")
+            if is_ours or len(points) > 1:
+                owners = ["mgd itself"] if is_ours else []
                 owners += [f"{point.dist.name if point.dist else 'a package'} ({point.value})" for point in points]
                 raise UserError(
                     f"{self.kind} {name!r} has several owners: {', '.join(owners)}; rename the entry point of one, or "
@@ -105,9 +106,7 @@ class Registry(Generic[T]):
 
     def _load_builtin(self) -> None:
         while self._builtin:
-            before = set(self._entries)
             importlib.import_module(self._builtin.pop())
-            self._ours |= self._entries.keys() - before
 
     @functools.cached_property
     def _points(self) -> dict[str, list[EntryPoint]]:
