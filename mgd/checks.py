@@ -233,11 +233,9 @@ def _check_images(
 def _same_images(labeled: datasets.Dataset, val: datasets.Dataset, ids: tuple[str, ...]) -> list[str]:
     """Return which of the labelled images, `ids`, are validation images, too, by id and byte for byte."""
     shared = tuple(set(ids).intersection(val["id"][:]))
-    ours, theirs = (
-        {name: images.encoded(index) for index, name in enumerate(images.ids)}
-        for images in (Images(rows_of(source, shared)) for source in (labeled, val))
-    )
-    return [name for name in ours if ours[name] == theirs[name]]
+    ours, theirs = (Images(rows_of(source, shared)) for source in (labeled, val))
+    places = {name: index for index, name in enumerate(theirs.ids)}
+    return [name for index, name in enumerate(ours.ids) if ours.encoded(index) == theirs.encoded(places[name])]
 
 
 def _mask_sums(labeled: datasets.Dataset, val: datasets.Dataset) -> dict[str, int]:

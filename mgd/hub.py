@@ -126,8 +126,7 @@ def model_card(run: FinishedRun, repo: str, license: str | None = None) -> str:
         "![some val images, their truth and what the network predicts](overlays.png)",
         "## Use",
         usage(
-            *(repo, picture, "from huggingface_hub import hf_hub_download\n\n"),
-            HEADS.package_of(recipe.student.head.name),
+            repo, picture, "from huggingface_hub import hf_hub_download\n\n", HEADS.package_of(recipe.student.head.name)
         ),
         "## Classes and results",
         markdown(_class_rows(run)),

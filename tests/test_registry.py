@@ -30,6 +30,9 @@ def test_plugin_from_an_entry_point(monkeypatch):
     assert registry.names() == ["extra"]  # without loading it
     assert registry.get("extra") is registry.get("extra") is OrderedDict
     assert registry.package_of("extra") is None
+    decorated = Registry("thing", "mgd.things", [])
+    decorated.register("extra")(OrderedDict)  # by its own module, imported for another of its classes
+    assert decorated.get("extra") is OrderedDict
 
 
 def test_plugin_that_fails_to_import_is_named(monkeypatch):
