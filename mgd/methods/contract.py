@@ -1,7 +1,7 @@
 """What a method must keep to, ours or a plug-in's, checked where breaking it would go unnoticed."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,9 @@ def check_parts(method: Method) -> None:
         raise UserError(f"{title}: layers and averages both hold {both[0]!r}; rename one")
     if odd := [name for name, part in method.averages.items() if any(p.requires_grad for p in part.parameters())]:
         raise UserError(f"{title}: averages[{odd[0]!r}] wants a gradient; requires_grad_(False), or put it into layers")
-    kept = set(map(id, _tensors(method.averages.values())))
+    kept = set(map(id, _tensors(method.averages)))
     for name, part in vars(method).items():
-        if name not in _PLACES and any(id(tensor) not in kept for tensor in _tensors(_modules(part))):
+        if name not in _PLACES and any(id(tensor) not in kept for tensor in _tensors(part)):
             raise UserError(
                 f"{title}: self.{name} holds a module that is neither trained nor kept there; put it into self.layers "
                 "(trained) or self.averages (not) and use it from there, as networks from self.networks, where the "
@@ -86,15 +86,12 @@ def checked_output(out: StepOutput, method: Method) -> StepOutput:
     return StepOutput(out.loss, log)
 
 
-def _modules(part: object) -> list[nn.Module]:
-    """Return the modules that an attribute holds, itself or in a list or dict."""
+def _tensors(part: object) -> list[Tensor]:
+    """Return the parameters and buffers that an attribute holds, itself or in a list or dict."""
     parts = part.values() if isinstance(part, Mapping) else part if isinstance(part, (list, tuple)) else [part]
-    loose = [nn.ParameterList([one]) for one in parts if isinstance(one, nn.Parameter)]
-    return loose + [one for one in parts if isinstance(one, nn.Module)]
-
-
-def _tensors(modules: Iterable[nn.Module]) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    loose = [one for one in parts if isinstance(one, nn.Parameter)]
+    modules = [one for one in parts if isinstance(one, nn.Module)]
+    return loose + [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _shown(value: object) -> str:
