@@ -56,8 +56,7 @@ def _try(
         with torch.device("meta"):
             model = nameless_segmenter(section, num_classes)
     except RuntimeError as error:
-        if _needs_data(error):
-            raise _NeedsData from error
+        _raise_if_meta(error)
         raise
     if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.head.modules()):
         raise UserError(
@@ -71,8 +70,7 @@ def _try(
     except (UserError, _NeedsData):
         raise
     except Exception as error:
-        if _needs_data(error):
-            raise _NeedsData from error
+        _raise_if_meta(error)
         raise UserError(
             f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: "
             f"{one_line(error)}; choose another [data] crop or backbone"
@@ -104,8 +102,7 @@ def _try_head(model: Segmenter, low: Tensor, high: Tensor) -> None:
     try:
         found = model.head(low, high)
     except Exception as error:
-        if _needs_data(error):
-            raise _NeedsData from error
+        _raise_if_meta(error)
         raise UserError(
             f"{title} cannot train on {maps}: {one_line(error)}; choose another [data] crop or head"
         ) from error
@@ -122,6 +119,7 @@ def _try_head(model: Segmenter, low: Tensor, high: Tensor) -> None:
         )
 
 
-def _needs_data(error: Exception) -> bool:
-    """Whether it is the meta device that an operation failed for."""
-    return isinstance(error, NotImplementedError) or bool(re.search(r"\bmeta\b", str(error)))
+def _raise_if_meta(error: Exception) -> None:
+    """Raise `_NeedsData` where it is the meta device that an operation failed for."""
+    if isinstance(error, NotImplementedError) or re.search(r"\bmeta\b", str(error)):
+        raise _NeedsData from error

@@ -10,6 +10,7 @@ from mgd.data.lists import match, public_lists, read_list, write_list
 from mgd.data.loaders import Images
 from mgd.data.partitions import split
 from mgd.data.public import CITYSCAPES, VOC, Cityscapes
+from mgd.data.reading import read_splits
 from mgd.errors import UserError
 from mgd.recipe import load
 from mgd.sections import Partition
@@ -120,12 +121,12 @@ def test_tables_that_do_not_fit_are_one_line(voc, tmp_path):
     def load(**columns):
         for name in ("train", "val"):
             datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f"{name}.parquet")
-        return VOC(name="voc", parquet=str(tmp_path)).load()
+        return read_splits(VOC(name="voc", parquet=str(tmp_path)))
 
     image = {"bytes": (voc / "JPEGImages" / "2007_000032.jpg").read_bytes(), "path": None}
     with pytest.raises(UserError, match="id must be text, image and label images; they are .*label Value"):
         load(id=["a", "b"], image=[image, image], label=[1, 2])
-    with pytest.raises(UserError, match="the id 'a' comes twice"):
+    with pytest.raises(UserError, match="of the training images several are called a$"):
         load(id=["a", "a"], image=[image, image], label=[image, image])
     splits = load(id=["a", "b"], image=[image, image], label=[image, None])
     with pytest.raises(UserError, match="image b cannot be read: the table holds no image or no mask"):
