@@ -62,7 +62,7 @@ SIZES = {
     },
 }
 # What the minutes in report.csv are.
-UNIT = {"full": "minutes, in bf16, of an H100 that twelve runs shared", "half": "minutes of one CPU core"}
+UNIT = {"full": "minutes, in bf16, of an H100 that six to twelve runs shared", "half": "minutes of one CPU core"}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
 # What stages/report.py made of the runs so far; a row counts while the recipe still has its steps.
 RESULTS = Path(__file__).resolve().parent / "camvid" / "report.csv"
