@@ -1,6 +1,6 @@
 """Choose which images to label when there are masks for a few only.
 
-python stages/choose.py --recipe recipes/folder.toml --budget 50 --output picks
+python stages/choose.py --recipe recipes/folder_cpu.toml --budget 50 --output picks
 """
 
 import argparse

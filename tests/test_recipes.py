@@ -49,6 +49,21 @@ def test_named_recipes_exist_and_see_the_same_labels(path):
         assert (named.partition, named.data) == (recipe.partition, recipe.data)
 
 
+@pytest.mark.parametrize(("family", "size"), [("folder", "full"), ("folder_cpu", "half")])
+def test_the_recipes_for_images_of_your_own_have_the_measured_settings(family, size):
+    measured = {
+        "": "lite0_1-16_long_cwd",
+        "_deep": "lite2_1-16_long",
+        "_wide": "lite1_1-16_long",
+        "_supervised": "lite0_1-16_supervised",
+    }
+    for tail, name in measured.items():
+        ours = load(ROOT / "recipes" / f"{family}{tail}.toml")
+        theirs = load(ROOT / "recipes" / "camvid" / f"{size}_{name}.toml", ["optim.steps=1200"])
+        assert (ours.student, ours.method, ours.optim) == (theirs.student, theirs.method, theirs.optim), tail
+        assert (ours.data.crop, ours.data.scales) == (theirs.data.crop, theirs.data.scales), tail
+
+
 def test_no_two_runs_share_a_folder_whatever_the_seed():
     writers = {}
     for path in [path for path in RECIPES if re.match("half_lite0_1-16|voc_r18_1-8", path.stem)]:
