@@ -126,7 +126,7 @@ def test_tables_that_do_not_fit_are_one_line(voc, tmp_path):
     image = {"bytes": (voc / "JPEGImages" / "2007_000032.jpg").read_bytes(), "path": None}
     with pytest.raises(UserError, match="id must be text, image and label images; they are .*label Value"):
         load(id=["a", "b"], image=[image, image], label=[1, 2])
-    with pytest.raises(UserError, match="of the training images several are called a$"):
+    with pytest.raises(UserError, match="name = 'voc': ids must be unique, .* training images several are called a$"):
         load(id=["a", "a"], image=[image, image], label=[image, image])
     splits = load(id=["a", "b"], image=[image, image], label=[image, None])
     with pytest.raises(UserError, match="image b cannot be read: the table holds no image or no mask"):
