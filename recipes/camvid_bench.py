@@ -61,6 +61,7 @@ SIZES = {
         "online": 876,
     },
 }
+PIXELS = {"full": "480x360", "half": "240x180"}
 # What the minutes in report.csv are.
 UNIT = {"full": "minutes, in bf16, of an H100 that six to twelve runs shared", "half": "minutes of one CPU core"}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
@@ -181,7 +182,7 @@ def _results() -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
-def _result(name: str, steps: int, unit: str) -> str | None:
+def result(name: str, steps: int, unit: str) -> str | None:
     """Word what a recipe reached and what it took (minutes of `unit`), if it has been run as it stands."""
     row = _results().get(f"camvid_{name}")
     if row is None or int(row["steps"]) != steps:
@@ -189,30 +190,38 @@ def _result(name: str, steps: int, unit: str) -> str | None:
     spread = f" ± {float(row['spread']):.1f}" if row["spread"] else ""
     counts = f"{row['labeled']} / {row['unlabeled']} images"
     return (
-        f"Ours: val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}), "
+        f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}), "
         f"{float(row['minutes']):.0f} {unit}"
     )
 
 
 def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str, steps: int = 0) -> tuple[str, str]:
     """Return name and text of one recipe; `body`: its [teachers] and [method]; `steps`: other than its network's."""
-    is_teacher, numbers = network in TEACHERS, SIZES[size]
-    backbone, pretrained = (TEACHERS[network], "true") if is_teacher else STUDENTS[network]
-    width = numbers["width"][not is_teacher]
-    steps = steps or numbers["steps"][0 if is_teacher else 1 if pretrained == "true" else 2]
+    is_teacher = network in TEACHERS
+    steps = steps or SIZES[size]["steps"][0 if is_teacher else 1 if network == "lite0" else 2]
     name = _name(size, network, share) + tail
     stage = "distill" if "[teachers" in body else "teacher_cps"
+    reached = result(name, steps, UNIT[size])
     sections = [
         f"# accelerate launch stages/{stage}.py --recipe recipes/camvid/{name}.toml\n"
-        f"# CamVid: {note}. {_result(name, steps, UNIT[size]) or f'Not measured; {MACHINE[size]}'}.\n"
+        f"# CamVid: {note}. {f'Ours: {reached}' if reached else f'Not measured; {MACHINE[size]}'}.\n"
         "# Written by recipes/generate.py.\n",
         f'[run]\nname = "camvid_{name}-s{{seed}}"\n',
-        DATA.format(share=share, **numbers),
-        NETWORK.format(backbone=backbone, pretrained=pretrained, width=width),
-        re.sub(r"(\[method\]\nname = .*\n)", rf"\1class_balance = {CLASS_BALANCE}\n", body),
-        OHEM.format(min_kept=numbers["crop"] ** 2 * 2 // 25),
-        OPTIM.format(lr=LEARNING_RATE, batch_size=numbers["batch_size"], steps=steps),
+        DATA.format(share=share, **SIZES[size]),
+        *trained(size, network, body, steps),
     ]
     if not tail and not is_teacher:
         sections.append(f'[eval]\nbaselines = ["recipes/camvid/{name}_supervised.toml"]\n')
     return name, "\n".join(sections)
+
+
+def trained(size: str, network: str, body: str, steps: int) -> list[str]:
+    """Return the sections from [student] to [optim]; `body`: the text of [teachers] and [method]."""
+    is_teacher, numbers = network in TEACHERS, SIZES[size]
+    backbone, pretrained = (TEACHERS[network], "true") if is_teacher else STUDENTS[network]
+    return [
+        NETWORK.format(backbone=backbone, pretrained=pretrained, width=numbers["width"][not is_teacher]),
+        re.sub(r"(\[method\]\nname = .*\n)", rf"\1class_balance = {CLASS_BALANCE}\n", body),
+        OHEM.format(min_kept=numbers["crop"] ** 2 * 2 // 25),
+        OPTIM.format(lr=LEARNING_RATE, batch_size=numbers["batch_size"], steps=steps),
+    ]

@@ -11,13 +11,14 @@ RECIPES = Path(__file__).resolve().parent
 sys.path.insert(0, str(RECIPES))
 
 import camvid_bench  # noqa: E402
+import own_images  # noqa: E402
 import paper  # noqa: E402
 
 
 def all_files() -> dict[str, str]:
     """Return file name -> text of every generated recipe."""
-    named = [*paper.all_recipes(), *((f"camvid/{name}", text) for name, text in camvid_bench.all_recipes())]
-    return {f"{name}.toml": text for name, text in named}
+    camvid = ((f"camvid/{name}", text) for name, text in camvid_bench.all_recipes())
+    return {f"{name}.toml": text for name, text in (*paper.all_recipes(), *own_images.all_recipes(), *camvid)}
 
 
 def main() -> None:
