@@ -11,7 +11,7 @@ _IN_COMMON = (
     *("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem"),
     *("optim.steps", "optim.epochs", "optim.batch_size"),
 )
-_NOT_SEEN = ("data.unlabeled", "data.root", "partition.root", "partition.seed")
+_NOT_SEEN = ("data.unlabeled", "partition.seed")
 
 Run = tuple[Recipe, Mapping[str, Any]]
 """Recipe and metrics."""
@@ -48,9 +48,8 @@ def gain(run: Run, runs: Iterable[Run], of: str = "miou") -> float | None:
 def _common(run: Run) -> dict[str, Any]:
     recipe, metrics = run
     keys = {k: v for k, v in shaping_keys(recipe).items() if k.startswith(_IN_COMMON) and not k.startswith(_NOT_SEEN)}
-    place = None if type(recipe.data).same_everywhere else getattr(recipe.data, "root", None)
     counts = (metrics["num_labeled"], metrics["num_val"])
-    return keys | {"seeds": (recipe.run.seed, recipe.partition_seed), "root": place, "counts": counts}
+    return keys | {"seeds": (recipe.run.seed, recipe.partition_seed), "counts": counts}
 
 
 def _budget(recipe: Recipe) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
@@ -18,8 +18,17 @@ from mgd.recipe import Recipe, load
 from mgd.runs import read_metrics, shaping_keys
 from mgd.unseen import read_unlabeled
 
-# What may differ between two runs of one cell: the seed, what follows from it, and where the data lies.
-_OF_ONE_RUN = ("run.name", "run.seed", "partition.seed", "partition.root")
+# What may differ between two runs of one cell: the seed, and what follows from it.
+_OF_ONE_RUN = ("run.name", "run.seed", "partition.seed")
+
+
+class FinishedRun(NamedTuple):
+    """One run of a cell."""
+
+    folder: Path
+    recipe: Recipe
+    """Its own: runs of one cell may differ in their partition seed."""
+    metrics: Mapping[str, Any]
 
 
 @dataclasses.dataclass
@@ -31,8 +40,8 @@ class Cell:
     recipe: Recipe
     cost: Mapping[str, Cost]
     """Of `backbone`, `head` and `total`, at the recipe's crop."""
-    runs: list[tuple[Path, Mapping[str, Any]]]
-    """Folder and metrics of each run, by seed."""
+    runs: list[FinishedRun]
+    """By seed."""
 
     @property
     def title(self) -> str:
@@ -46,7 +55,7 @@ class Cell:
     @property
     def partition(self) -> str:
         """Name of the partition: what the recipe says, with both counts."""
-        metrics, labeled = self.runs[0][1], self.recipe.partition.labeled
+        metrics, labeled = self.runs[0].metrics, self.recipe.partition.labeled
         name = "" if labeled is None else f"{labeled}: "
         return f"{name}{metrics['num_labeled']} / {metrics['num_unlabeled']}"
 
@@ -59,12 +68,12 @@ class Cell:
     @property
     def num_labeled(self) -> int:
         """Labelled images."""
-        return self.runs[0][1]["num_labeled"]
+        return self.runs[0].metrics["num_labeled"]
 
     @property
     def mious(self) -> list[float]:
         """Val mIoU of the last weights, %, by seed."""
-        return [metrics["miou"] for _, metrics in self.runs]
+        return [run.metrics["miou"] for run in self.runs]
 
     @property
     def mean(self) -> float:
@@ -79,21 +88,21 @@ class Cell:
     @property
     def of_teacher(self) -> float | None:
         """Mean over the seeds of the share of the better teacher's mIoU that ours is, %."""
-        teachers = [better_teacher(folder) for folder, _ in self.runs]
+        teachers = [better_teacher(run) for run in self.runs]
         if not all(teachers):  # one has no run beside it, or knows nothing
             return None
         return statistics.mean(100 * ours / theirs for ours, theirs in zip(self.mious, teachers, strict=True))
 
 
-def better_teacher(folder: Path) -> float | None:
+def better_teacher(run: FinishedRun) -> float | None:
     """Return the val mIoU (%) of a run's better teacher, if all are runs that can be found: by recipe, beside it."""
-    found, recipe = [], load(folder / "recipe.toml")
-    for teacher in recipe.teachers.values():
+    found = []
+    for teacher in run.recipe.teachers.values():
         place = Path(teacher.checkpoint or "")
         try:
             if teacher.recipe:
-                trained = load(teacher.recipe, [f"run.seed={recipe.run.seed + teacher.seed_offset}"])
-                place = folder.parent / trained.run_dir.name
+                trained = load(teacher.recipe, [f"run.seed={run.recipe.run.seed + teacher.seed_offset}"])
+                place = run.folder.parent / trained.run_dir.name
             found.append(float(read_json(place / "metrics.json", ("miou",))["miou"]))
         except (UserError, TypeError, ValueError):  # nothing there, or not as a run wrote it
             return None
@@ -132,18 +141,18 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         except UserError as error:
             left_out.append(str(error))
         label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
-        shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key, recipe)}
+        shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key)}
         counts = [metrics["num_labeled"], metrics["num_val"]]  # the same recipe may have met other images
         cell = cells.setdefault(json.dumps([label, shape, counts], sort_keys=True), Cell(label, recipe, cost, []))
-        twin = next((path for path, other in cell.runs if other["seed"] == metrics["seed"]), None)
+        twin = next((other.folder for other in cell.runs if other.metrics["seed"] == metrics["seed"]), None)
         if twin is None:
-            cell.runs.append((folder, metrics))
+            cell.runs.append(FinishedRun(folder, recipe, metrics))
         else:
             left_out.append(f"{folder}: the same recipe and seed as {twin}")
     if not cells:
         raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
     for cell in cells.values():
-        cell.runs.sort(key=lambda run: run[1]["seed"])
+        cell.runs.sort(key=lambda run: run.metrics["seed"])
     ordered = sorted(cells.values(), key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
     return ordered, left_out
@@ -151,18 +160,21 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
 
 def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return a row a cell: what ran, our mean and spread, the recipe's reference and the difference."""
-    # A cell's runs may differ in their partition seed, so each is read with its own recipe.
-    runs = {cell.label: [(load(place / "recipe.toml"), metrics) for place, metrics in cell.runs] for cell in cells}
-    supervised = [run for label in runs for run in runs[label] if run[0].method.name == "supervised"]
+    supervised = [
+        (run.recipe, run.metrics) for cell in cells if cell.recipe.method.name == "supervised" for run in cell.runs
+    ]
     rows = []
     for cell in cells:
-        recipe, first, cost = cell.recipe, cell.runs[0][1], cell.cost
-        best = _of_all((metrics.get("best_on_val") or {}).get("miou") for _, metrics in cell.runs)
+        recipe, cost, of_runs = cell.recipe, cell.cost, [run.metrics for run in cell.runs]
+        first = of_runs[0]
+        best = _of_all((metrics.get("best_on_val") or {}).get("miou") for metrics in of_runs)
         # Of all seeds or none, or they would be of others than the mIoU.
-        ahead = _of_all(gain(run, supervised) for run in runs[cell.label])
-        one_set = len({metrics.get("unlabeled_images") for _, metrics in cell.runs}) == 1
-        unseen = _of_all(metrics.get("unlabeled_miou") if one_set else None for _, metrics in cell.runs)
-        unseen_ahead = _of_all(gain(run, supervised, "unlabeled_miou") for run in runs[cell.label]) if unseen else []
+        ahead, unseen_ahead = (
+            _of_all(gain((run.recipe, run.metrics), supervised, of) for run in cell.runs)
+            for of in ("miou", "unlabeled_miou")
+        )
+        one_set = len({metrics.get("unlabeled_images") for metrics in of_runs}) == 1
+        unseen = _of_all(metrics.get("unlabeled_miou") if one_set else None for metrics in of_runs)
         rows.append(
             {
                 "run": cell.label,
@@ -176,7 +188,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "labeled": first["num_labeled"],
                 "unlabeled": first["num_unlabeled"],
                 "val_images": first["num_val"],
-                "seeds": " ".join(str(metrics["seed"]) for _, metrics in cell.runs),
+                "seeds": " ".join(str(metrics["seed"]) for metrics in of_runs),
                 "miou": cell.mean,
                 "spread": cell.spread,
                 "miou_by_seed": " ".join(f"{miou:.2f}" for miou in cell.mious),
@@ -184,8 +196,8 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "gain_spread": _spread(ahead),
                 "unlabeled_miou": _mean(unseen),
                 "unlabeled_spread": _spread(unseen),
-                "unlabeled_gain": _mean(unseen_ahead),
-                "unlabeled_gain_spread": _spread(unseen_ahead),
+                "unlabeled_gain": _mean(unseen_ahead) if unseen else None,
+                "unlabeled_gain_spread": _spread(unseen_ahead) if unseen else None,
                 "best_on_val": _mean(best),
                 "reference": recipe.reference.miou if recipe.reference else None,
                 "reference_source": recipe.reference.source if recipe.reference else None,
@@ -193,7 +205,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "of_teacher": cell.of_teacher,
                 "steps": first["steps"],
                 "batch_size": recipe.optim.batch_size,
-                "minutes": statistics.mean(metrics["seconds"] for _, metrics in cell.runs) / 60,
+                "minutes": statistics.mean(metrics["seconds"] for metrics in of_runs) / 60,
             }
         )
     return rows
@@ -320,9 +332,7 @@ def _runs_below(folder: Path, depth: int) -> list[Path]:
     return [run for path in inside if depth for run in _runs_below(path, depth - 1)]
 
 
-def _of_one_run(key: str, recipe: Recipe) -> bool:
-    if key == "data.root":
-        return type(recipe.data).same_everywhere
+def _of_one_run(key: str) -> bool:
     return key in _OF_ONE_RUN or (key.startswith("teachers.") and key.endswith(".checkpoint"))
 
 
@@ -330,7 +340,7 @@ def _tell_apart(cells: Sequence[Cell]) -> None:
     labels = [cell.label for cell in cells]
     for cell in cells:
         if labels.count(cell.label) > 1:
-            cell.label = f"{cell.label} ({cell.runs[0][0]})"
+            cell.label = f"{cell.label} ({cell.runs[0].folder})"
 
 
 def _value(cell: Cell) -> str:

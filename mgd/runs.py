@@ -19,7 +19,7 @@ from mgd.data.partitions import Split, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import Recipe, parse
-from mgd.registry import plugin_packages
+from mgd.registry import DATASETS, plugin_packages
 from mgd.tables import flatten
 
 try:
@@ -31,10 +31,10 @@ except ImportError:  # Windows
 UNLABELED = "unlabeled.json"
 """In a run folder, what it scores on its unlabelled images; see mgd/unseen.py."""
 
-# Keys of a recipe that change how a run is done, not what comes out.
+# Keys of a recipe that change how a run is done, or where things lie, not what comes out.
 _FREE = {
     *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "run.tracker"),
-    *("data.workers", "eval.baselines", "eval.every", "eval.batch_size"),
+    *("data.workers", "partition.root", "cache.folder", "eval.baselines", "eval.every", "eval.batch_size"),
     *("reference.miou", "reference.source"),
 }
 
@@ -196,11 +196,12 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
                 f"{path}: the files of [data.unlabeled] have changed since this run began; put them back, or start "
                 f"over: {recipe.command} --restart"
             )
-        if any(there[key] != manifest[key] for key in ("labeled", "unlabeled")):
+        lists = [key for key in ("labeled", "unlabeled", "val") if key in there]  # an older run has no val
+        if any(set(there[key]) != set(manifest[key]) for key in lists):
+            then, now = (" / ".join(str(len(which[key])) for key in lists) for which in (there, manifest))
             raise UserError(
-                f"{path}: the images of [data] have changed since this run began ({there['num_labeled']} labelled / "
-                f"{there['num_unlabeled']} unlabelled then, {manifest['num_labeled']} / {manifest['num_unlabeled']} "
-                f"now); put them back, or start over: {recipe.command} --restart"
+                f"{path}: the images of [data] have changed since this run began (labelled / unlabelled / to evaluate "
+                f"on: {then} then, {now} now); put them back, or start over: {recipe.command} --restart"
             )
         if painted := repainted(there.get("masks", {}), manifest["masks"]):
             raise UserError(
@@ -242,7 +243,11 @@ def shaping_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def _shaping(tables: Mapping) -> dict[str, Any]:
-    return {key: value for key, value in flatten(tables).items() if key not in _FREE}
+    flat, free = flatten(tables), _FREE
+    with contextlib.suppress(UserError):  # a data set of a package that is not here: its root counts
+        if DATASETS.get(str(flat.get("data.name"))).same_everywhere:
+            free = _FREE | {"data.root"}
+    return {key: value for key, value in flat.items() if key not in free}
 
 
 def save_model(folder: Path, network: nn.Module, recipe: Recipe) -> None:

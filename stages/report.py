@@ -101,7 +101,7 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     """
     partitions = [cell.partition for cell in members]
     chosen = [cell for cell in members if cell.partition == max(partitions, key=partitions.count)]
-    chosen = sorted(chosen, key=lambda cell: cell.runs[0][1]["miou"])[-MAX_COLUMNS:]
+    chosen = sorted(chosen, key=lambda cell: cell.runs[0].metrics["miou"])[-MAX_COLUMNS:]
     first = chosen[0].recipe
     device = cli.start(first).device
     splits = load_splits(first.data)
@@ -110,7 +110,7 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     pictures: list[tuple] = []
     titles = ["image", "truth"]
     for cell in chosen:
-        path, metrics = cell.runs[0]
+        path, _, metrics = cell.runs[0]
         found = predict_samples(load_segmenter(path).to(device), images, indices, cell.recipe, device)
         pictures = pictures or [(image, label) for image, label, _ in found]
         pictures = [(*row, prediction) for row, (_, _, prediction) in zip(pictures, found, strict=True)]

@@ -30,6 +30,7 @@ from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.needed import needed_recipes, note_other_data, refuse_students
 from mgd.recipe import load
+from mgd.runs import recipe_differences
 from mgd.sections import Optim
 from mgd.train import _on_device
 
@@ -118,6 +119,35 @@ def test_images_that_change_under_an_unfinished_run(write_recipe):
     path.write_text(path.read_text().replace("train-000003", "train-999999"))
     with pytest.raises(UserError, match=r"the images of \[data\] have changed since this run began"):
         run_recipe(recipe, Accelerator())
+
+
+def test_images_to_evaluate_on_that_change_under_an_unfinished_run(write_recipe):
+    recipe = load(write_recipe())
+    run_recipe(recipe, Accelerator())
+    (recipe.run_dir / "metrics.json").unlink()
+    path = recipe.run_dir / "partition.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if key != "val"}))
+    run_recipe(recipe, Accelerator())  # of an older version, which did not note them
+    (recipe.run_dir / "metrics.json").unlink()
+    path.write_text(json.dumps(manifest | {"val": manifest["val"][1:]}))
+    count = len(manifest["val"])
+    with pytest.raises(UserError, match=rf"have changed .* / {count - 1} then, .* / {count} now\); put them back"):
+        run_recipe(recipe, Accelerator())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "same"),
+    [
+        ("camvid/half_lite0_1-16", "data.root=elsewhere", True),
+        ("folder_cpu", "data.root=elsewhere", False),
+        ("voc_r18_1-8", "partition.root=elsewhere", True),
+        ("voc_r18_1-8", "data.masks=SegmentationClass", False),
+    ],
+)
+def test_where_data_lies_makes_no_other_run(name, change, same):
+    path = ROOT / "recipes" / f"{name}.toml"
+    assert (recipe_differences(load(path).to_dict(), load(path, [change])) == []) == same
 
 
 def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
@@ -232,6 +262,10 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
     assert [recipe.method.class_balance for recipe in (deep, baseline)] == [0.0, 0.5]
     with pytest.raises(UserError, match=r"\[teachers.twin\] seed_offset = -4: run.seed = 3 is too small"):
         needed_recipes(load(path, [*sets, "teachers.twin.seed_offset=-4"]))
+    outputs = [f"run.output={tmp_path}/\U0001f600", 'run.name = "mine"', " student . head.channels = 24"]
+    deep, _, baseline = needed_recipes(load(path, [*sets, *outputs])).values()
+    assert deep.run_dir == tmp_path / "\U0001f600" / "deep-s3"
+    assert (baseline.run_dir.name, baseline.student.head.channels) == ("mine-baseline", 24)
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
         write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
         needed_recipes(load(path))
