@@ -43,10 +43,10 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
                 f"[teachers.{title}] seed_offset = {seed_offset}: run.seed = {recipe.run.seed} is too small"
             )
         shared = ("data.", "partition.", *_HOW_RUN, *(_OF_BASELINES if is_baseline else ()))
-        overrides = [override for override in recipe.overrides if override.strip().startswith(shared)]
+        overrides = [override for override in recipe.overrides if override.startswith(shared)]
         overrides.append(f"run.seed={seed}")
         overrides.append(f"partition.seed={recipe.partition_seed}")
-        overrides.append(f"run.output={json.dumps(recipe.run.output)}")
+        overrides.append(f"run.output={json.dumps(recipe.run.output, ensure_ascii=False)}")
         if recipe.run.tracker:
             overrides.append(f"run.tracker={recipe.run.tracker}")
         if is_baseline and any(override.startswith("run.name=") for override in recipe.overrides):

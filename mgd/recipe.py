@@ -30,7 +30,7 @@ from mgd.sections import (
     Teacher,
     TeacherCache,
 )
-from mgd.tables import as_lists, as_tuples, override
+from mgd.tables import as_lists, as_tuples, override, tidy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: TOML file.
         overrides: `section.key=value` strings (`--set`), value in TOML; bare words are text. A labeled_list takes the
-            place of the file's `[partition] labeled`.
+            place of the file's `[partition] labeled` and `balanced`.
 
     Raises:
         UserError: every mistake at once, a line each, with file, section, key and choices.
@@ -137,14 +137,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a NUL in the path, a huge integer
         raise UserError(f"{path}: not valid TOML: {error}") from error
-    listed = any(text.partition("=")[0].strip() == "partition.labeled_list" for text in overrides)
+    overrides = tuple(map(tidy, overrides))
+    listed = any(text.startswith("partition.labeled_list=") for text in overrides)
     if listed and isinstance(raw.get("partition"), dict):
-        raw["partition"].pop("labeled", None)  # no --set could, and lists leave it out
+        for key in ("labeled", "balanced"):  # no --set could, and lists leave them out
+            raw["partition"].pop(key, None)
     for text in overrides:
         override(raw, text)
     if not all(text.startswith(_KEEP_REFERENCE) for text in overrides):
         raw.pop("reference", None)
-    return parse(raw, source=str(path), overrides=tuple(overrides))
+    return parse(raw, source=str(path), overrides=overrides)
 
 
 def parse(raw: Mapping[str, Any], source: str, overrides: tuple[str, ...] = ()) -> Recipe:

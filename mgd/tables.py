@@ -8,6 +8,12 @@ from typing import Any
 from mgd.errors import UserError
 
 
+def tidy(text: str) -> str:
+    """Return `section.key=value` without spaces around its parts."""
+    key, equals, right = text.partition("=")
+    return f"{'.'.join(part.strip() for part in key.split('.'))}{equals}{right.strip()}"
+
+
 def override(raw: dict[str, Any], text: str) -> None:
     """Change one value in place.
 
@@ -18,12 +24,12 @@ def override(raw: dict[str, Any], text: str) -> None:
     Raises:
         UserError: it is something else.
     """
-    key, equals, right = text.partition("=")
-    parts = [part.strip() for part in key.split(".")]
+    key, equals, right = tidy(text).partition("=")
+    parts = key.split(".")
     if not equals or not 2 <= len(parts) <= 8 or not all(parts):
         raise UserError(f"--set {text}: expected section.key=value, e.g. --set optim.lr=0.01")
     try:
-        parsed = tomllib.loads(f"value = {right.strip()}")
+        parsed = tomllib.loads(f"value = {right}")
         value = parsed["value"] if len(parsed) == 1 else right
     except (ValueError, RecursionError):
         value = right

@@ -148,7 +148,7 @@ def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int, pick
     sets = " ".join(f"--set {shlex.quote(f'partition.{key}={value}')}" for key, value in lists.items())
     # Runs with other labels may stand under the recipe's own names, the models that chose among them.
     recipe = dataclasses.replace(
-        recipe, overrides=tuple(text for text in recipe.overrides if not text.strip().startswith("partition."))
+        recipe, overrides=tuple(text for text in recipe.overrides if not text.startswith("partition."))
     )
     sets += f" --set {shlex.quote(f'run.output={recipe.run.output}/{output.name}')}"
     return "\n".join([*lines, f"{recipe.command} {sets}"])

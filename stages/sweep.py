@@ -29,6 +29,7 @@ from mgd.errors import Busy, Stopped, UserError  # noqa: E402
 from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.runs import finished_metrics, is_held  # noqa: E402
+from mgd.tables import tidy  # noqa: E402
 
 STAGES = Path(__file__).resolve().parent
 
@@ -79,7 +80,7 @@ def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[s
     Raises:
         UserError: a recipe is wrong, or two different ones would write one folder.
     """
-    if seeded := [text for text in overrides if text.partition("=")[0].strip() == "run.seed"]:
+    if seeded := [text for text in overrides if tidy(text).startswith("run.seed=")]:
         raise UserError(f"--set {seeded[0]}: the seeds of a sweep are given by --seeds")
     cells: Cells = {}
     writers: dict[str, Recipe] = {}

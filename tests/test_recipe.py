@@ -78,6 +78,15 @@ def test_adamw_has_no_momentum(write_recipe):
         load(path, ["optim.momentum=0.8"])
 
 
+def test_lists_take_the_place_of_a_draw(write_recipe):
+    path = write_recipe(partition={"labeled": 4, "balanced": True})
+    lists = ["partition.protocol=files", "partition.labeled_list=a", " partition.unlabeled_list = b "]
+    partition = load(path, lists).partition
+    assert (partition.labeled, partition.balanced, partition.unlabeled_list) == (None, False, "b")
+    with pytest.raises(UserError, match="balanced is a way to draw"):
+        load(path, [*lists, "partition.balanced=true"])
+
+
 def test_all_mistakes_at_once(write_recipe):
     with pytest.raises(UserError) as error:
         load(write_recipe(), ["optim.lr=0", "run.seed=-1", "eval.mode=tile"])
@@ -89,6 +98,10 @@ def test_mgd_terms_must_name_the_teachers(write_recipe):
     assert load(path).method.image.weight == 0.002
     with pytest.raises(UserError, match="image.teachers = 'deap': no such teacher; did you mean 'deep'"):
         load(path, ['method.image.teachers=["deap"]'])
+    with pytest.raises(UserError, match="pixel.teachers names 'deep' twice"):
+        load(path, ['method.pixel.teachers=["deep", "deep"]'])
+    with pytest.raises(UserError, match=r"\[method.pixel\] on = \[\]: Tuple should have at least 1 item"):
+        load(path, ["method.pixel.on=[]"])
     with pytest.raises(UserError, match="nothing uses the teacher 'wide'"):
         load(path, ["teachers.wide.recipe=y"])
     with pytest.raises(UserError, match="pixel.class_balance does nothing without pixel.teachers"):
