@@ -40,8 +40,6 @@ from mgd.registry import METHODS
 from mgd.runs import hold
 from mgd.sections import TeacherCache
 
-GRID = 7  # regions a side at which features are compared, the paper's
-
 
 def cached_targets(
     recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module], images: Images, restart: bool = False
@@ -121,6 +119,7 @@ def compare(
     teachers: Mapping[str, nn.Module],
     pairs: TrainingPairs,
     accelerator: Accelerator,
+    grid: int = 7,
     count: int = 32,
 ) -> list[dict[str, Any]]:
     """Compare what was cached with what the teachers see in the crops themselves.
@@ -130,6 +129,7 @@ def compare(
         teachers: loaded networks by name.
         pairs: the samples of the run, with the cache's targets.
         accelerator: device and precision.
+        grid: regions a side whose correlations are compared.
         count: unlabelled crops that are compared.
 
     Returns:
@@ -157,7 +157,7 @@ def compare(
                 sums["logits"] += (found["logits"].mean((2, 3)) - logits.mean((2, 3))).abs().mean().item()
                 sums["size"] += logits.mean((2, 3)).abs().mean().item()
             if "features" in found:
-                online, cached = (self_correlation(value, GRID) for value in (features, found["features"]))
+                online, cached = (self_correlation(value, grid) for value in (features, found["features"]))
                 sums["cosine"] += (online - cached).abs().mean().item()
         network.cpu()
         rows.append(

@@ -24,6 +24,7 @@ from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
 from mgd.files import read_json
 from mgd.models.trial import check_trainable
+from mgd.optim import total_steps
 from mgd.recipe import Recipe
 from mgd.registry import METHODS
 from mgd.runs import finished_metrics
@@ -125,6 +126,7 @@ def check_recipe(
     if recipe.cache and recipe.data.unlabeled and recipe.data.unlabeled.streaming:
         raise UserError('[teachers] mode = "cached" needs images that come again; a stream needs mode = "online"')
     splits, partition, size = check_data(recipe, accelerator)
+    total_steps(recipe.optim, len(partition.labeled), partition.num_unlabeled)  # of a stream that may be unknown
     _check_networks(recipe, len(splits.classes), local_batch, accelerator.num_processes > 1, size)
     if not partition.streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
         accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
@@ -185,11 +187,10 @@ def _check_images(
         UserError: images or masks that cannot be used; masks that show nothing to learn from.
     """
     splits = load_splits(section)
-    everything = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
     parts = {
         "labelled": (rows_of(splits.labeled, labeled), True),
         "validation": (splits.val, True),
-        "unlabelled": (rows_of(everything, unlabeled), False),
+        "unlabelled": (rows_of(splits.without_masks(), unlabeled), False),
     }
     problems: dict[str, dict[str, str]] = {}
     pixels = {}
@@ -310,20 +311,25 @@ def _answer_problems(problems: Sequence[str], section: DataSection, accelerator:
 
 def split_data(recipe: Recipe, splits: Splits) -> Split:
     """Draw the recipe's partition."""
-    presence = None
-    if recipe.partition.balanced:
-        images = Images(splits.labeled, splits.decoder)
-        presence = {}
-        for index, name in enumerate(images.ids):
-            try:
-                values = np.unique(images.read(index, with_label=True)[1])
-            except UserError:
-                if recipe.data.on_error == "raise":
-                    raise
-                values = np.array([])  # shows nothing; if it is drawn all the same, it is skipped then
-            presence[name] = np.isin(np.arange(len(splits.classes)), values)
+    presence = _presence(_without_augmentation(recipe.data)) if recipe.partition.balanced else None
     labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
     return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name, splits.pool)
+
+
+@functools.lru_cache(maxsize=2)
+def _presence(section: DataSection) -> dict[str, np.ndarray]:
+    """Return the classes that each image with a mask shows: id -> `[K]` bool."""
+    splits = _load_splits(section)
+    images, found = Images(splits.labeled, splits.decoder), {}
+    for index, name in enumerate(images.ids):
+        try:
+            values = np.unique(images.read(index, with_label=True)[1])
+        except UserError:
+            if section.on_error == "raise":
+                raise
+            values = np.array([])  # shows nothing; if it is drawn all the same, it is skipped then
+        found[name] = np.isin(np.arange(len(splits.classes)), values)
+    return found
 
 
 def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -274,7 +273,8 @@ def build_networks(recipe: Recipe, splits: Splits) -> list[nn.Module]:
 
 def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:
     """Return all images of a partition, labelled or not, without their masks."""
-    return _without_masks(recipe, splits, partition.labeled + partition.unlabeled)
+    ids = partition.labeled + partition.unlabeled
+    return Images(rows_of(splits.without_masks(), ids), None, recipe.data.image_scale)
 
 
 def training_pairs(
@@ -284,14 +284,13 @@ def training_pairs(
     labeled = Images(rows_of(splits.labeled, partition.labeled), splits.decoder, recipe.data.image_scale)
     if not METHODS.get(recipe.method.name).uses_unlabeled or partition.streamed:
         return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)
-    # With no image left unlabelled, the labelled ones serve as the pool, their masks unseen.
-    pool = _without_masks(recipe, splits, partition.unlabeled or partition.labeled)
+    pool = unlabeled_images(splits, partition, recipe.data.image_scale)
     return TrainingPairs(labeled, pool, recipe.data, recipe.run.seed, targets)
 
 
-def _without_masks(recipe: Recipe, splits: Splits, ids: tuple[str, ...]) -> Images:
-    source = datasets.concatenate_datasets([splits.labeled.select_columns(["id", "image"]), splits.unlabeled])
-    return Images(rows_of(source, ids), splits.decoder, recipe.data.image_scale)
+def unlabeled_images(splits: Splits, partition: Split, image_scale: float) -> Images:
+    """Return the unlabelled images; with none left the labelled ones serve as the pool, their masks unseen."""
+    return Images(rows_of(splits.without_masks(), partition.unlabeled or partition.labeled), None, image_scale)
 
 
 def _finish(

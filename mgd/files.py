@@ -64,11 +64,19 @@ def append_line(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def keep_lines(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrite a file of `append_line`, if there is one, with the rows that are wanted; a cut line is none."""
-    if not path.exists():
+    """Rewrite a file of `append_line`, if there is one, with the rows that are wanted; a cut line is none.
+
+    Raises:
+        UserError: it cannot be read or written.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
         return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
         try:
             row = json.loads(line)
         except ValueError:

@@ -16,7 +16,7 @@ def build_optimizer(section: Optim, networks: Iterable[nn.Module]) -> torch.opti
     for network in networks:
         for parameter in network.parameters():
             if parameter.requires_grad:
-                # Every weight of a norm, and every bias, is a vector; nothing else is.
+                # Biases, and the scales of norms and of layers, are vectors; what multiplies features is not.
                 (spared if parameter.ndim <= 1 else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": section.weight_decay},

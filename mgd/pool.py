@@ -81,6 +81,8 @@ def disagreements(networks: Sequence[Segmenter], images: Images, recipe: Recipe,
                     for network, pixels in zip(networks, seen, strict=True)
                 )
             )
+        except UserError:
+            raise
         except (RuntimeError, AssertionError, ValueError) as error:
             raise UserError(f"{name} cannot be predicted: {one_line(error)}; try --set eval.mode=slide") from error
 

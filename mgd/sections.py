@@ -19,6 +19,10 @@ class Section(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    def __hash__(self) -> int:
+        """Hash of its values, tables included."""
+        return hash(self.model_dump_json())
+
 
 class Run(Section):
     """`[run]`: name, seed and bookkeeping."""

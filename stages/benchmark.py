@@ -27,11 +27,13 @@ from mgd.experiment import build_method, build_networks, training_pairs  # noqa:
 from mgd.files import write_json  # noqa: E402
 from mgd.models.saved import model_section  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.models.trial import check_trainable  # noqa: E402
 from mgd.needed import trained_teachers  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.registry import METHODS  # noqa: E402
 from mgd.report import markdown  # noqa: E402
 from mgd.runs import device_name  # noqa: E402
+from mgd.sections import ModelSection  # noqa: E402
 
 SUITES = ("costs", "step", "terms", "eval", "data", "infer", "students")
 
@@ -60,16 +62,12 @@ def main() -> None:
     recipe = load(args.recipe, args.set)
     if args.suite == "terms":
         return _terms(recipe, args)
-    networks = dict(recipe.networks)
-    for name, teacher in recipe.teachers.items():
-        networks[name] = load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
     if args.suite in ("infer", "students"):
         return _latencies(recipe, args)
     if args.suite == "step":
-        teachers = {name: section for name, section in networks.items() if name != "student"}
         accelerator = cli.start(recipe)
         rows = step.suite(
-            recipe, teachers, args.batch, args.precision, args.repetitions, accelerator.device, args.compile
+            recipe, _teachers(recipe), args.batch, args.precision, args.repetitions, accelerator.device, args.compile
         )
         cli.print_rows(rows, args.json)
         where = device_name(accelerator.device)
@@ -90,10 +88,27 @@ def main() -> None:
             need = f"a GPU that trains N labelled images/s needs 3 N / {speed:.0f} workers"
             print(f"{row['name'].partition(',')[0]}: {speed:.0f} images/s a core; {need}")
         return
-    num_classes = len(recipe.data.class_names())
+    _costs(recipe, args)
+
+
+def _teachers(recipe: Recipe) -> dict[str, ModelSection]:
+    """Return the sections of the frozen teachers, which need not be trained, by name."""
+    return {
+        name: load(teacher.recipe).student if teacher.recipe else model_section(teacher.checkpoint)
+        for name, teacher in recipe.teachers.items()
+    }
+
+
+def _costs(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Print parameters and operations of all networks, and those of a training step."""
+    num_classes, teachers = len(recipe.data.class_names()), _teachers(recipe)
+    images = recipe.optim.batch_size * METHODS.get(recipe.method.name).forwards_per_label
+    for section in recipe.networks.values():
+        bare = section.model_copy(update={"pretrained": False})
+        check_trainable(bare, num_classes, images, recipe.data.crop, several_processes=False)
     rows = []
     for size in args.size or [recipe.data.crop]:
-        for name, section in networks.items():
+        for name, section in (recipe.networks | teachers).items():
             for part, cost in model_costs(section, num_classes, size).items():
                 row = {"network": name, "part": part, "backbone": section.backbone, "size": size}
                 row |= {"output_stride": section.output_stride, "params_m": cost.params_m, "gmacs": cost.gmacs}
@@ -101,7 +116,6 @@ def main() -> None:
     cli.print_rows(rows, args.json)
     print("gmacs: BatchNorm counted as in the paper; conv_gmacs: torch's own count. One image, one forward pass.")
     if recipe.cache is None:
-        teachers = {name: section for name, section in networks.items() if name in recipe.teachers}
         cost, steps = step.training_gmacs(recipe, teachers), recipe.optim.steps
         whole = f"; {steps} steps: {cost * steps:.1f}" if steps else ""
         print(f"training, conv_gmacs forward and backward: a step of {recipe.optim.batch_size}: {cost:.3f}{whole}")

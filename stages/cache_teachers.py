@@ -16,6 +16,7 @@ from mgd.cache import cached_targets, compare  # noqa: E402
 from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import training_images, training_pairs  # noqa: E402
+from mgd.methods.mgd import TermsSection  # noqa: E402
 from mgd.needed import refuse_students, trained_teachers  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
@@ -36,7 +37,8 @@ def main() -> None:
     targets = cached_targets(recipe, accelerator, teachers, images, args.restart)
     if accelerator.is_main_process:
         pairs = training_pairs(recipe, splits, partition, targets)
-        cli.print_rows(compare(targets, teachers, pairs, accelerator), args.json)
+        terms = {"grid": recipe.method.region.grid} if isinstance(recipe.method, TermsSection) else {}
+        cli.print_rows(compare(targets, teachers, pairs, accelerator, **terms), args.json)
         print(
             f"{recipe.cache_dir}: {len(images)} images, {targets.bytes_per_image() / 1024:.0f} KiB each. In the table, "
             "what was cached for whole images beside the teachers' view of 32 crops: pixels of the same class, pooled "

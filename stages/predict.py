@@ -72,7 +72,8 @@ def main() -> None:
             try:
                 scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
             except (RuntimeError, AssertionError, ValueError) as error:
-                remedy = "; --set eval.mode=slide predicts in windows" if section.mode == "whole" else ""
+                windows = section.mode == "whole" and not isinstance(error, UserError)  # ours has its own remedy
+                remedy = "; --set eval.mode=slide predicts in windows" if windows else ""
                 unreadable += [f"{name} cannot be predicted: {one_line(error)}{remedy}" for name, _ in group]
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])

@@ -26,8 +26,9 @@ def main() -> None:
         raise UserError(f"{args.recipe}: has [teachers]; its stage is stages/distill.py")
     baselines = needed_recipes(recipe)
     accelerator = cli.start(recipe)
-    rows = [*filter(None, map(finished, baselines.values()))]
-    if args.restart or not finished(recipe):
+    if finished(recipe) and not args.restart:
+        rows = [*filter(None, map(finished, baselines.values()))]
+    else:
         check_recipe(recipe, accelerator)
         rows = run_needed(baselines, accelerator)
     rows.append(run_recipe(recipe, accelerator, restart=args.restart))

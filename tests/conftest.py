@@ -165,3 +165,4 @@ def _single_thread():
 def _nothing_cached():
     checks._load_splits.cache_clear()
     checks._check_images.cache_clear()
+    checks._presence.cache_clear()

@@ -17,6 +17,7 @@ from plugin_package import install
 from safetensors.torch import load_file
 from torch import nn
 
+from mgd.checks import load_splits
 from mgd.data.datasets import Shapes
 from mgd.data.reading import read_splits
 from mgd.errors import UserError
@@ -294,6 +295,17 @@ def test_readers_that_return_something_else_are_refused(change, expected):
     read_splits(Shapes(name="shapes", num_train=3, num_val=2, size=32))
     with pytest.raises(UserError, match=rf"\[data\] name = 'mine': .*{expected}"):
         read_splits(section)
+
+
+def test_a_reader_may_have_a_table_of_its_own(monkeypatch):
+    class Weighed(Shapes):
+        name: str = "weighed"
+        weights: dict[str, float] = {}
+
+    monkeypatch.setitem(DATASETS._entries, "weighed", Weighed)
+    sections = [Weighed(num_train=3, num_val=2, size=32, weights={"a": weight}) for weight in (1.0, 1.0, 2.0)]
+    first, again, other = map(load_splits, sections)
+    assert first is again and other is not first
 
 
 def test_an_array_is_logged_like_a_number():

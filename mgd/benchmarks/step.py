@@ -130,7 +130,7 @@ def _breakdown(
         "optimiser": seconds["cached"] - seconds["backward"],
     }
     rows = [_ours_alone(f"exact, {kind}: {part}, ms", 1e3 * value) for part, value in split.items()]
-    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+    with flop_counter() as counter, torch.compiler.set_stance("force_eager"):
         _backward(exact, student, kind, device)
     return [*rows, _ours_alone(f"exact, {kind}: TFLOP/s", counter.get_total_flops() / seconds["exact"] / 1e12)]
 

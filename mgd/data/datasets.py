@@ -52,6 +52,10 @@ class Splits:
     decoder: LabelDecoder
     pool: tuple[str, ...] = ()
 
+    def without_masks(self) -> datasets.Dataset:
+        """Return all training images, columns `id` and `image`."""
+        return datasets.concatenate_datasets([self.labeled.select_columns(["id", "image"]), self.unlabeled])
+
 
 @DATASETS.register("shapes")
 class Shapes(DataSection):

@@ -1,5 +1,6 @@
 """Readers of PASCAL VOC 2012 and Cityscapes: official folders, a hub data set, or Parquet files."""
 
+import glob
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -88,7 +89,9 @@ class PublicSection(DataSection):
                 tables = datasets.load_dataset(self.hub)
             else:
                 folder = existing_folder(self.parquet, "[data] parquet")
-                files = {split: [str(path) for path in sorted(folder.glob(f"{split}*.parquet"))] for split in _SPLITS}
+                found = {split: sorted(folder.glob(f"{split}*.parquet")) for split in _SPLITS}
+                # `load_dataset` takes names for patterns.
+                files = {split: [glob.escape(str(path)) for path in paths] for split, paths in found.items()}
                 if missing := [split for split, names in files.items() if not names]:
                     raise UserError(f"{folder}: no {missing[0]}*.parquet")
                 tables = datasets.load_dataset("parquet", data_files=files)

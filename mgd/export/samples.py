@@ -6,7 +6,7 @@ from pathlib import Path
 from mgd.checks import check_classes, load_splits, split_data
 from mgd.data.loaders import EvaluationImages, Images
 from mgd.errors import UserError
-from mgd.experiment import training_images
+from mgd.experiment import unlabeled_images
 from mgd.export.verify import Sample
 from mgd.models.segmenter import Segmenter
 from mgd.pictures import evenly, list_pictures, read_picture, rescale, to_tensor
@@ -28,13 +28,11 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
     check_classes(splits.classes, model, "the model")
     partition = split_data(recipe, splits)
     val = EvaluationImages(Images(splits.val, splits.decoder, model.image_scale))
-    pool = training_images(recipe, splits, partition)
-    unlabeled = set(partition.unlabeled or partition.labeled)
-    places = [index for index, name in enumerate(pool.ids) if name in unlabeled]
+    pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"
     tried = _some(len(val), count, lambda index: Sample(*val[index][1:]), skips)
-    read = _some(len(places), count, lambda i: Sample(to_tensor(pool.read(places[i], with_label=False)[0])), skips)
-    for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(places))):
+    read = _some(len(pool), count, lambda index: Sample(to_tensor(pool.read(index, with_label=False)[0])), skips)
+    for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(pool))):
         if not found:
             raise UserError(f"[data] none of {min(count, total)} {what} images can be read")
     return tried, read

@@ -199,7 +199,7 @@ def check_used(used: Iterable[str], teachers: tuple[str, ...], keys: str) -> Non
 
 
 def check_names(key: str, names: tuple[str, ...], teachers: tuple[str, ...]) -> None:
-    """Check that a term's teachers exist.
+    """Check that a term's teachers exist, and are named once.
 
     Raises:
         UserError: naming the key, the teacher and the closest match.
@@ -207,6 +207,8 @@ def check_names(key: str, names: tuple[str, ...], teachers: tuple[str, ...]) -> 
     for name in names:
         if name not in teachers:
             raise UserError(f"{key} = {name!r}: no such teacher; {did_you_mean(name, teachers)}")
+        if names.count(name) > 1:
+            raise UserError(f"{key} names {name!r} twice; once is enough")
 
 
 def bare(network: nn.Module) -> nn.Module:

@@ -38,7 +38,7 @@ class PixelTerm(Section):
     """Names of teachers; empty switches the term off."""
     weight: Weight = 1.0
     """Weight of the term."""
-    on: tuple[Literal["labeled", "unlabeled"], ...] = ("labeled", "unlabeled")
+    on: Annotated[tuple[Literal["labeled", "unlabeled"], ...], Field(min_length=1)] = ("labeled", "unlabeled")
     """Images it is taken on."""
     labels: Literal["hard", "soft"] = "hard"
     """What is taken from a teacher: its likeliest classes (paper), or its class probabilities."""

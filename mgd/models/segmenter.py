@@ -128,8 +128,8 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             stride s.
 
         A last cell that only part of the image fills would be spread over that part when the maps are enlarged, and
-        all others be shifted: a point of mIoU on images of 180x240 at stride 16. So it is filled up with the mean
-        colour, as crops are in training.
+        all others be shifted: a point of mIoU on images of 180x240 at stride 16. So it is filled up with the
+        backbone's mean colour, about as crops are in training (ImageNet's).
         """
         pixels = (image.to(self.mean.dtype) - self.mean) / self.std
         bottom, right = self._missing(image)

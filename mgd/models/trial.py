@@ -1,5 +1,6 @@
 """Whether a network can train, tried without a byte of weights before hours are spent on it."""
 
+import functools
 import re
 
 import torch
@@ -11,6 +12,7 @@ from mgd.models.segmenter import Segmenter, nameless_segmenter
 from mgd.sections import ModelSection
 
 
+@functools.lru_cache(maxsize=32)  # teachers and students of one recipe are often checked twice
 def check_trainable(
     section: ModelSection,
     num_classes: int,

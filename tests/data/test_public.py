@@ -99,20 +99,18 @@ def test_parquet_with_columns_of_ones_own(voc, tmp_path):
     for name, rows in (("train", source.labeled), ("val", source.val)):
         embedded = rows.map(lambda row: row, features=rows.features)
         embedded = embedded.rename_columns({"image": "picture", "label": "mask", "id": "file"})
-        (tmp_path / "pq").mkdir(exist_ok=True)
+        (folder := tmp_path / "voc[1]").mkdir(exist_ok=True)
         table = embedded.with_format("arrow")[:]
         import datasets.table
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(datasets.table.embed_table_storage(table), tmp_path / "pq" / f"{name}-0.parquet")
-    section = VOC(
-        name="voc", parquet=str(tmp_path / "pq"), id_column="file", image_column="picture", label_column="mask"
-    )
+        pyarrow.parquet.write_table(datasets.table.embed_table_storage(table), folder / f"{name}-0.parquet")
+    section = VOC(name="voc", parquet=str(folder), id_column="file", image_column="picture", label_column="mask")
     splits = section.load()
     assert splits.labeled["id"][:] == source.labeled["id"][:]
     assert Images(splits.labeled, splits.decoder).read(0, True)[1].tolist() == [[0, 15], [255, 20]]
     with pytest.raises(UserError, match="no column 'id'; it has file, picture, mask"):
-        VOC(name="voc", parquet=str(tmp_path / "pq")).load()
+        VOC(name="voc", parquet=str(folder)).load()
 
 
 def test_tables_that_do_not_fit_are_one_line(voc, tmp_path):

@@ -56,10 +56,11 @@ def test_every_cell_is_run_once(cells, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path, run_here):
+def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
     (tmp_path / "runs" / "alone-s1" / "metrics.jsonl").mkdir(parents=True)  # cannot be written
-    result = run_here("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
+    result = run_stage("sweep.py", cells[0], "--seeds", "0", "1", "--set", "optim.steps=2")
     assert result.returncode == 2 and "alone-s1" in result.stderr.splitlines()[-1]
+    assert "metrics.jsonl cannot be read: Is a directory" in result.stderr
     assert "1 of 2 did not finish" in result.stderr and "Traceback" not in result.stderr
     assert (tmp_path / "runs" / "alone-s0" / "metrics.json").exists()
     first, last = (line.split("|")[1:-1] for line in result.stdout.splitlines()[-2:])
