@@ -188,8 +188,8 @@ def _open_folder(
     missing = _missing(folder, there)
     if problems := _unfit(there, wanted, bool(missing)):
         raise UserError(
-            f"{folder} does not fit this run: {'; '.join(problems)}. Write it anew: "
-            f"{recipe.command_of('cache_teachers')} --restart, or keep both: --set cache.folder=..."
+            f"{folder} does not fit this run: {'; '.join(problems)}. Keep both: "
+            f'--set "cache.folder=NAME-s{{seed}}", or write it anew: {recipe.command_of("cache_teachers")} --restart'
         )
     for torn in folder.glob(".shard-*") if missing else ():
         torn.unlink()
@@ -254,6 +254,7 @@ def _fill(
         for number in missing[accelerator.process_index :: accelerator.num_processes]
     }
     order = [place[ids[index]] for shard in shards.values() for index in shard]
+    accelerator.print(f"{folder}: asking {', '.join(kinds)} about {len(order)} images", flush=True)
     decoded = read_each(images, order, _pixels, recipe.data.workers)
     silent = None if accelerator.is_main_process else True  # None: shown on a terminal
     bar = tqdm(total=len(order), desc=f"{folder.name}: teachers", unit="img", leave=False, disable=silent)

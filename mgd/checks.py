@@ -128,8 +128,6 @@ def check_recipe(
     splits, partition, size = check_data(recipe, accelerator)
     total_steps(recipe.optim, len(partition.labeled), partition.num_unlabeled)  # of a stream that may be unknown
     _check_networks(recipe, len(splits.classes), local_batch, accelerator.num_processes > 1, size)
-    if not partition.streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
-        accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition
 
 
@@ -170,6 +168,8 @@ def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split,
     if pool:
         count = Pool(pool).count if streamed else None
         partition = dataclasses.replace(partition, pool=identity(pool), streamed=streamed, num_streamed=count)
+    if not streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+        accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition, size
 
 

@@ -58,7 +58,7 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     if differences and something_to_lose:
         raise UserError(
             f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another name "
-            "(--set run.name=...) or folder (--set run.output=..., where teachers and baselines follow), or "
+            '(--set "run.name=NAME-s{seed}") or folder (--set run.output=..., where teachers and baselines follow), or '
             f"start anew in it, which deletes what is there: {recipe.command} --restart"
         )
     if not path.exists() or not all(
@@ -101,7 +101,7 @@ def read_metrics(folder: Path, recipe: Recipe, more: Sequence[str] = ()) -> dict
 
 
 @contextlib.contextmanager
-def hold(folder: Path, instead: str = "or give this run another name: --set run.name=...") -> Iterator[None]:
+def hold(folder: Path, instead: str = 'or give this run another name: --set "run.name=NAME-s{seed}"') -> Iterator[None]:
     """Keep a folder to this process: two that write it at once would ruin each other's work.
 
     Args:

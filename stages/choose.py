@@ -72,7 +72,8 @@ def main() -> None:
     budget = labeled_amount(args.budget, len(images))
     if budget >= len(images):
         raise UserError(
-            f"--budget {args.budget}: {len(images)} images can be chosen from; give at most {len(images) - 1}"
+            f"--budget {args.budget}: {len(images)} images can be chosen from; give at most {len(images) - 1}, so that "
+            "one stays unlabelled"
         )
     networks = [load_segmenter(name).eval().to(accelerator.device) for name in args.model]
     for name, network in zip(args.model, networks, strict=True):
@@ -138,7 +139,7 @@ def _advice(recipe: Recipe, output: Path, found: Candidates, held_out: int, pick
             f"{held_out} of all masks will be held out for evaluation ([data] val_share), in neither list{which}"
         )
     if found.masks:
-        lines.append(f"paint their masks at the second path of each line, {found.masks}/ID.png")
+        lines.append("paint their masks at the second path of each line")
         lines.append(
             "before all are there, [partition] labeled = 1.0 trains on those that are; with all, the two lists:"
         )

@@ -26,7 +26,7 @@ def main() -> None:
         raise UserError(f"{args.recipe}: has [teachers]; its stage is stages/distill.py")
     baselines = needed_recipes(recipe)
     accelerator = cli.start(recipe)
-    if finished(recipe) and not args.restart:
+    if not args.restart and finished(recipe):
         rows = [*filter(None, map(finished, baselines.values()))]
     else:
         check_recipe(recipe, accelerator)

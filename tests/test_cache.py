@@ -276,7 +276,7 @@ def test_a_stale_cache_is_refused(cached, tmp_path):
     recipe = cached()
     made(recipe)
     with pytest.raises(
-        UserError, match=r"does not fit this run: cell is 8, not 4\. Write it anew: .*--restart, or keep"
+        UserError, match=r"does not fit this run: cell is 8, not 4\. Keep both: .*, or write it anew: .*--restart"
     ):
         made(cached("cache.cell=4"))
     with pytest.raises(UserError, match=r"flip is False, not True; scales is \[1.0\], not \[1.0, 2.0\]"):

@@ -8,7 +8,7 @@ import PIL.Image
 import torch
 from torch.nn import functional
 
-from mgd.errors import UserError
+from mgd.errors import UserError, some
 from mgd.pictures import to_tensor
 
 IGNORE_INDEX = 255
@@ -57,8 +57,10 @@ class LabelDecoder:
         else:
             wrong = ((label < 0) | (label >= self.num_classes)) & (label != IGNORE_INDEX)
         if wrong.any():
+            values = [str(value) for value in np.unique(label[wrong])]
+            which = f"value {values[0]} is" if len(values) == 1 else f"values {some(values)} are"
             raise UserError(
-                f"mask of {name}: value {label[wrong][0]} is no class; the data set has "
+                f"mask of {name}: {which} no class; the data set has "
                 f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore"
             )
         return label.astype(np.uint8, copy=False)

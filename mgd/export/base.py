@@ -153,6 +153,8 @@ class Deployed(nn.Module):
         maps = logits.argmax(dim=1).to(torch.uint8) if self.baked else logits
         if any(isinstance(side, torch.SymInt) for side in image.shape):
             maps = functional.pad(maps, [0, 1, 0, 1])  # a slice can be traced for any size if it is never the whole
+        elif maps.shape[-2:] == image.shape[-2:]:
+            return maps  # a slice of the whole is an alias in the program, which Core ML's converter does not know
         return maps[..., : image.shape[-2], : image.shape[-1]]
 
 

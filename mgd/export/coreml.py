@@ -3,6 +3,7 @@
 import platform
 from pathlib import Path
 
+from mgd.errors import UserError
 from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Deployed, Exporter, Int8, Runner, Target, trace
 from mgd.registry import EXPORTERS
 
@@ -18,6 +19,8 @@ class CoreMLExporter(Exporter):
 
     def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """See `Exporter.write`."""
+        if target.baked:
+            raise UserError("its converter takes no uint8 pixels; leave out --bake")
         import coremltools
 
         traced = trace(network, target)

@@ -226,11 +226,11 @@ def balance_processes(local_mean: Tensor, count: Tensor) -> Tensor:
         local_mean: mean over this process's items; of several means, as many numbers.
         count: number of this process's items, or the sum of their weights, of each mean.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if (world_size := num_processes()) == 1:
         return local_mean
     total = count.detach().clone().float()
     torch.distributed.all_reduce(total)
-    return local_mean * (count * torch.distributed.get_world_size() / total.where(total > 0, 1))
+    return local_mean * (count * world_size / total.where(total > 0, 1))
 
 
 def num_processes() -> int:

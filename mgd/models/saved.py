@@ -14,8 +14,12 @@ from mgd.sections import ModelSection
 FORMAT = 1
 
 
-def find_model(source: str | Path, **download) -> Path:
-    """Return the folder that holds `config.json`: `source`, its `model/`, or a hub snapshot."""
+def find_model(source: str | Path, weights: bool = True, **download) -> Path:
+    """Return the folder that holds `config.json`: `source`, its `model/`, or a hub snapshot, without weights or with.
+
+    Raises:
+        UserError: nothing of the kind is there.
+    """
     for folder in (Path(source), Path(source) / "model"):
         if (folder / "config.json").is_file():
             return folder
@@ -30,8 +34,9 @@ def find_model(source: str | Path, **download) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["config.json", "recipe.toml", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(text, allow_patterns=["*.safetensors", "config.json", "recipe.toml"], **download))
+        return Path(snapshot_download(text, allow_patterns=wanted, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__}){_beside(text)}"
@@ -53,7 +58,7 @@ def model_section(source: str | Path) -> ModelSection:
     Raises:
         UserError: nothing there, or no configuration of ours.
     """
-    path = find_model(source) / "config.json"
+    path = find_model(source, weights=False) / "config.json"
     return parse_model(read_config(path)["model"], source=str(path))
 
 

@@ -9,7 +9,7 @@ from timm.layers import AvgPool2dSame, Conv2dSame
 
 from mgd.errors import UserError
 from mgd.export import base
-from mgd.export.base import Deployed, Exporter, Int8, Target
+from mgd.export.base import Deployed, Exporter, Int8, Target, trace
 from mgd.export.verify import Findings, Sample, judge, verified_export
 from mgd.models.segmenter import build_segmenter
 from mgd.recipe import parse_model
@@ -78,6 +78,12 @@ def test_file_does_what_the_network_does(tmp_path, name, kind):
             assert (output == logits.argmax(dim=1).numpy()).mean() > 0.999
         else:
             assert np.allclose(run(given), logits.numpy(), atol=1e-3)
+
+
+def test_the_program_of_one_size_has_no_alias():
+    target = Target(64, 96)  # whole cells: nothing is cut off
+    program = trace(Deployed(network(), target), target).run_decompositions({})  # as Core ML's converter is given it
+    assert not [node for node in program.graph.nodes if "alias" in str(node.target)]
 
 
 def test_pooling_backbones_take_any_size(tmp_path):
