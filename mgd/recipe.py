@@ -307,6 +307,6 @@ def _validate(model: type[Section], table: Any, where: str, errors: list[str]) -
 
 def _similar_files(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; there is no folder {path.parent} in {Path.cwd()}" if not path.is_absolute() else ""
+        return f"; the folder {path.parent} does not exist" + ("" if path.is_absolute() else f" in {Path.cwd()}")
     names = sorted(file.name for file in path.parent.glob("*.toml"))
     return f"; {did_you_mean(path.name, names)}" if names else ""

@@ -198,7 +198,7 @@ def result(name: str, steps: int, unit: str) -> str | None:
 def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str, steps: int = 0) -> tuple[str, str]:
     """Return name and text of one recipe; `body`: its [teachers] and [method]; `steps`: other than its network's."""
     is_teacher = network in TEACHERS
-    steps = steps or SIZES[size]["steps"][0 if is_teacher else 1 if network == "lite0" else 2]
+    steps = steps or SIZES[size]["steps"][0 if is_teacher else 1 if STUDENTS[network][1] == "true" else 2]
     name = _name(size, network, share) + tail
     stage = "distill" if "[teachers" in body else "teacher_cps"
     reached = result(name, steps, UNIT[size])

@@ -125,6 +125,10 @@ def test_missing_and_broken_files(tmp_path, write_recipe):
     write_recipe("voc_r18.toml")
     with pytest.raises(UserError, match=r"voc_r19.toml: cannot be read.*did you mean 'voc_r18.toml'"):
         load(tmp_path / "voc_r19.toml")
+    with pytest.raises(UserError, match=r"the folder .*nowhere does not exist$"):
+        load(tmp_path / "nowhere" / "a.toml")
+    with pytest.raises(UserError, match=r"the folder nowhere does not exist in /"):
+        load("nowhere/a.toml")
     (tmp_path / "broken.toml").write_text("[run\n")
     with pytest.raises(UserError, match="broken.toml: not valid TOML"):
         load(tmp_path / "broken.toml")
