@@ -89,7 +89,7 @@ def test_the_method_of_the_readme_learns(write_recipe, monkeypatch, run_here):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     example = next(part for part in text.split("```python\n") if "class MineConfig" in part).split("```")[0]
     names = {"__name__": "mypackage"}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "<README>", "exec"), names)
     monkeypatch.setitem(METHODS._entries, "mine", names["Mine"])
     assert METHODS._problem(names["Mine"], "mine") is None
     run = run_recipe(load(write_recipe(run={"name": "teacher"})), Accelerator())
