@@ -333,6 +333,16 @@ def test_a_resumed_student_must_have_its_teachers(write_recipe):
     run_recipe(recipe, Accelerator(), {"deep": first})
 
 
+def test_a_teacher_of_other_classes_is_refused(write_recipe):
+    terms = {"name": "mgd", "pixel": {"teachers": ["deep"]}}
+    recipe = load(write_recipe(method=terms, teachers={"deep": {"checkpoint": "x"}}))
+    reversed_ones = recipe.data.class_names()[::-1]
+    teacher = build_segmenter(recipe.student, reversed_ones, [(0, 0, 0)] * 7, 0)
+    with pytest.raises(UserError, match=r"\[teachers.deep\] knows the 7 classes .*; they must be the same"):
+        run_recipe(recipe, Accelerator(), {"deep": teacher})
+    assert not recipe.run_dir.exists()
+
+
 def test_two_teachers_that_are_one_are_announced(write_recipe, capsys):
     terms = {"name": "mgd", "pixel": {"teachers": ["deep", "wide"]}}
     recipe = load(write_recipe(method=terms, teachers={name: {"checkpoint": "x"} for name in ("deep", "wide")}))

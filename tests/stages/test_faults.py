@@ -66,6 +66,9 @@ def test_killed_stopped_and_started_again_ends_with_the_same_bits(write_recipe, 
     assert time.monotonic() - began < 60
     (line,) = errors.read_text().splitlines()
     assert line.startswith("error: stopped by SIGTERM; step ") and "of 16 is kept" in line
+    assert kill_at(start("teacher_cps.py", killed, errors), folder, 12, signal.SIGINT) == 128 + signal.SIGINT
+    (line,) = errors.read_text().splitlines()
+    assert line.startswith("error: stopped by SIGINT; step ")
     reached = int(line.split("step ")[1].split()[0])
     again = run_here("teacher_cps.py", "--recipe", killed)
     assert again.returncode == 0 and f"goes on at step {reached}" in again.stdout
