@@ -15,15 +15,16 @@ def box_masks(
 ) -> Tensor:
     """Draw CutMix masks.
 
-    A box's height and width are each uniform in `proportion` of the side, divided by
-    sqrt(num_boxes); its position is uniform inside the image; boxes of one mask are XOR-ed.
+    A box's area A is uniform in `proportion` of the image, its height A^u of the side (u uniform in 0..1) and its
+    width A^(1 - u), both divided by sqrt(num_boxes); its position is uniform inside the image; boxes of one mask are
+    XOR-ed. So do the authors of CPS and of MGD in their code (0.25 to 0.5 "by area", at a random aspect ratio).
 
     Args:
         num_masks: B.
         size: (H, W), pixels.
         generator: CPU generator, the only source of randomness.
         num_boxes: boxes a mask.
-        proportion: least and greatest side of a box before the division.
+        proportion: least and greatest area of a box before the division.
 
     Returns:
         `[B, 1, H, W]` bool, True where the second image shows.
@@ -32,8 +33,10 @@ def box_masks(
     sides = torch.tensor([height, width], dtype=torch.float64)
     draws = torch.rand(num_masks, num_boxes, 2, 2, generator=generator, dtype=torch.float64)
     low, high = proportion
-    extent = ((low + (high - low) * draws[..., 0]) / math.sqrt(num_boxes) * sides).round()
-    start = ((sides - extent) * draws[..., 1]).round()
+    area, aspect = low + (high - low) * draws[..., 0, 0], draws[..., 0, 1]
+    shares = torch.stack([area**aspect, area ** (1 - aspect)], dim=-1)
+    extent = (shares / math.sqrt(num_boxes) * sides).round()
+    start = ((sides - extent) * draws[..., 1, :]).round()
     stop = start + extent
     rows, columns = torch.arange(height), torch.arange(width)
     in_rows = (rows >= start[..., 0, None]) & (rows < stop[..., 0, None])  # [B, boxes, H]

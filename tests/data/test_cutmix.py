@@ -7,35 +7,48 @@ import torch
 from mgd.data.cutmix import box_masks, mix
 
 
-def test_expected_area_is_that_of_three_xored_boxes():
+def plain_box(rng, height, width, boxes):
+    """One box as the authors of CPS draw it: by area and aspect ratio, one number after the other."""
+    area = rng.uniform(0.25, 0.5)
+    share = math.exp(rng.uniform() * math.log(area))
+    box = round(share / math.sqrt(boxes) * height), round(area / share / math.sqrt(boxes) * width)
+    return *box, round((height - box[0]) * rng.uniform()), round((width - box[1]) * rng.uniform())
+
+
+def test_mixed_area_is_that_of_three_xored_boxes():
     generator = torch.Generator().manual_seed(0)
     masks = box_masks(4000, (60, 80), generator)
     assert masks.shape == (4000, 1, 60, 80) and masks.dtype == torch.bool
-    # Three boxes of sides U(0.25, 0.5) / sqrt(3), XOR-ed, drawn plainly; OR would cover 0.130 of the area.
     rng = np.random.default_rng(0)
     covered = []
     for _ in range(4000):
         area = np.zeros((60, 80), bool)
         for _ in range(3):
-            height, width = (round(side * rng.uniform(0.25, 0.5) / math.sqrt(3)) for side in (60, 80))
-            top, left = rng.integers(60 - height + 1), rng.integers(80 - width + 1)
+            height, width, top, left = plain_box(rng, 60, 80, 3)
             area[top : top + height, left : left + width] ^= True
         covered.append(area.mean())
-    assert abs(np.mean(covered) - 0.1236) < 0.002
-    assert masks.float().mean().item() == pytest.approx(np.mean(covered), rel=0.015)
+    assert abs(np.mean(covered) - 0.25) < 0.005
+    shares = masks.float().mean(dim=(1, 2, 3)).numpy()
+    assert shares.mean() == pytest.approx(np.mean(covered), rel=0.015)
+    for percent in (5, 50, 95):
+        assert np.percentile(shares, percent) == pytest.approx(np.percentile(covered, percent), rel=0.04)
 
 
-def test_one_box_has_the_stated_extent_and_lies_inside():
+def test_one_box_has_the_stated_area_and_lies_inside():
     generator = torch.Generator().manual_seed(1)
-    heights, widths, tops = [], [], []
+    areas, heights, tops = [], [], []
     for mask in box_masks(500, (100, 200), generator, num_boxes=1)[:, 0]:
         rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
         assert mask.sum() == len(rows) * len(columns)
-        heights.append(len(rows))
-        widths.append(len(columns))
+        areas.append(len(rows) * len(columns) / 20000)
+        heights.append(len(rows) / 100)
         tops.append(rows[0].item() / max(1, 100 - len(rows)))
-    assert min(heights) >= 25 and max(heights) <= 50 and min(widths) >= 50 and max(widths) <= 100
-    assert abs(sum(heights) / 500 - 37.5) < 1.5 and abs(sum(tops) / 500 - 0.5) < 0.05
+    assert 0.24 < min(areas) < 0.26 and 0.49 < max(areas) < 0.51 and abs(sum(areas) / 500 - 0.375) < 0.01
+    assert 0.24 <= min(heights) < 0.35 and 0.9 < max(heights) <= 1  # any aspect ratio that fits
+    rng = np.random.default_rng(1)
+    plain = [plain_box(rng, 100, 200, 1)[0] / 100 for _ in range(4000)]
+    assert sum(heights) / 500 == pytest.approx(np.mean(plain), abs=0.03)
+    assert abs(np.mean([top for top, height in zip(tops, heights, strict=True) if height < 0.9]) - 0.5) < 0.05
 
 
 def test_same_generator_same_masks():
