@@ -72,11 +72,12 @@ def cached_targets(
     manifest, missing = wanted, []
     with contextlib.ExitStack() as held:
         if accelerator.is_main_process:
-            path = folder / "manifest.json"
-            # One that is whole is only read, by any number of runs at once.
-            if restart or not path.exists() or _missing(folder, _read_manifest(path, recipe)):
+            if not restart and (whole := _whole(folder, recipe)):  # is only read, by any number of runs at once
+                manifest = whole
+                _refuse_unfit(folder, whole, wanted, False, recipe)
+            else:
                 held.enter_context(hold(folder, "or give the cache another folder: --set cache.folder=..."))
-            manifest, missing = _open_folder(folder, wanted, recipe, restart)
+                manifest, missing = _open_folder(folder, wanted, recipe, restart)
         manifest, missing = gather_object([(manifest, missing)])[0]  # as the main process saw it
         if missing:
             _fill(folder, manifest, missing, teachers, images, recipe, accelerator)
@@ -112,6 +113,13 @@ def _missing(folder: Path, manifest: Mapping[str, Any]) -> list[int]:
     """Numbers of the shards that are not there, or cannot serve."""
     numbers, sought = range(-(-len(manifest["ids"]) // IMAGES_PER_SHARD)), digest(manifest)
     return [number for number in numbers if not serves(shard_path(folder, number), sought)]
+
+
+def _whole(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the manifest of a cache that lacks nothing, or None."""
+    path = folder / "manifest.json"
+    there = _read_manifest(path, recipe) if path.exists() else None
+    return None if there is None or _missing(folder, there) else there
 
 
 def compare(
@@ -186,14 +194,20 @@ def _open_folder(
         return wanted, _missing(folder, wanted)
     there = _read_manifest(path, recipe)
     missing = _missing(folder, there)
-    if problems := _unfit(there, wanted, bool(missing)):
+    _refuse_unfit(folder, there, wanted, bool(missing), recipe)
+    for torn in folder.glob(".shard-*") if missing else ():
+        torn.unlink()
+    return there, missing
+
+
+def _refuse_unfit(
+    folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any], is_to_be_filled: bool, recipe: Recipe
+) -> None:
+    if problems := _unfit(there, wanted, is_to_be_filled):
         raise UserError(
             f"{folder} does not fit this run: {'; '.join(problems)}. Keep both: "
             f'--set "cache.folder=NAME-s{{seed}}", or write it anew: {recipe.command_of("cache_teachers")} --restart'
         )
-    for torn in folder.glob(".shard-*") if missing else ():
-        torn.unlink()
-    return there, missing
 
 
 def _clear(folder: Path) -> None:
@@ -248,7 +262,7 @@ def _fill(
     """Write the shards that are missing, each process its share."""
     kinds = {name: {*teacher["kinds"]} for name, teacher in manifest["teachers"].items()}
     networks = {name: teachers[name].to(accelerator.device).eval() for name in kinds}
-    ids, place = manifest["ids"], {name: index for index, name in enumerate(images.ids)}
+    sought, ids, place = digest(manifest), manifest["ids"], {name: index for index, name in enumerate(images.ids)}
     shards = {
         number: range(number * IMAGES_PER_SHARD, min((number + 1) * IMAGES_PER_SHARD, len(ids)))
         for number in missing[accelerator.process_index :: accelerator.num_processes]
@@ -267,7 +281,7 @@ def _fill(
                     seen = _targets(network, image, recipe.cache, kinds[name], f"[teachers.{name}]", ids[index])
                     tensors |= {f"{index}/{name}/{kind}": tensor.cpu().contiguous() for kind, tensor in seen.items()}
                 bar.update()
-            write_shard(folder, number, manifest, tensors)
+            write_shard(folder, number, sought, tensors)
     for network in networks.values():
         network.cpu()
     if accelerator.device.type == "cuda":

@@ -16,13 +16,12 @@ from torch import nn
 from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, per_process
-from mgd.data.partitions import Split, repainted, split
-from mgd.data.reading import read_splits
+from mgd.data.partitions import Split, read_manifest, repainted
+from mgd.data.reading import load_splits, rows_of, split_data, without_augmentation
 from mgd.data.scan import scan
-from mgd.data.stream import Pool, identity, whole_pool
+from mgd.data.stream import Pool, identity
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
-from mgd.files import read_json
 from mgd.models.trial import check_trainable
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
@@ -30,32 +29,6 @@ from mgd.registry import METHODS
 from mgd.runs import finished_metrics
 from mgd.sections import DataSection
 from mgd.tracking import check_tracker
-
-
-def load_splits(section: DataSection) -> Splits:
-    """Load the data of a recipe; runs of one comparison share it.
-
-    Raises:
-        UserError: see the readers; or there is nothing to evaluate on.
-    """
-    return _load_splits(_without_augmentation(section))
-
-
-def _without_augmentation(section: DataSection) -> DataSection:
-    """The section with the keys that only shape batches at one value, so that runs share what is read."""
-    return section.model_copy(update={"crop": 32, "scales": (1.0,), "flip": False})
-
-
-@functools.lru_cache(maxsize=2)
-def _load_splits(section: DataSection) -> Splits:
-    splits = read_splits(section)
-    if section.unlabeled and not section.unlabeled.streaming:
-        pool = whole_pool(section.unlabeled)
-        unlabeled = datasets.concatenate_datasets([splits.unlabeled, pool])
-        splits = dataclasses.replace(splits, unlabeled=unlabeled, pool=tuple(pool["id"]))
-    if len(splits.val) == 0:
-        raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
-    return splits
 
 
 def finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -68,18 +41,18 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     path = recipe.run_dir / "partition.json"
     if done is None or not path.exists():
         return done
-    there = {"skipped": {}, "pool": "", "val": None, "masks": {}} | read_json(path, ("labeled", "unlabeled"))
-    pool = recipe.data.unlabeled
+    there, pool = read_manifest(path), recipe.data.unlabeled
     try:
         splits = load_splits(recipe.data)
-        drawn = split_data(recipe, splits)
-        same_pool = pool is None or identity(pool) == there["pool"]
+        drawn = split_data(recipe.data, recipe.partition, recipe.partition_seed)
+        same_pool = pool is None or identity(pool) == there.pool
     except UserError:
         return done  # a result outlives its images; whoever needs them is told so
-    skipped = set(there["skipped"])
+    skipped = set(there.skipped)
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
     val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
-    then = {key: set(there[key]) for key in ("labeled", "unlabeled", "val") if there[key] is not None}
+    then = {"labeled": set(there.labeled), "unlabeled": set(there.unlabeled)}
+    then |= {} if there.val is None else {"val": set(there.val)}  # an older run did not keep them
     now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}
     if not same_pool or any(now[key] != names for key, names in then.items()):
         counts = [" / ".join(str(len(names)) for names in which.values()) for which in (then, now)]
@@ -89,11 +62,11 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
             "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
             f"anew: {recipe.command} --restart"
         )
-    if not there["masks"]:  # none is a file, or an older run: no need to read them
+    if not there.masks:  # none is a file, or an older run: no need to read them
         return done
     with contextlib.suppress(OSError):
-        masks = _mask_sums(rows_of(splits.labeled, tuple(labeled)), rows_of(splits.val, tuple(val)))
-        if painted := repainted(there["masks"], masks):
+        masks = _mask_sums(rows_of(splits.labeled, labeled), rows_of(splits.val, val))
+        if painted := repainted(there.masks, masks):
             raise UserError(
                 f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; train it anew: "
                 f"{recipe.command} --restart, or keep it and write elsewhere (--set run.output=...)"
@@ -156,19 +129,30 @@ def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split,
     Raises:
         UserError: the partition, images or masks, or `[data.unlabeled]` cannot be used.
     """
-    splits, pool = load_splits(recipe.data), recipe.data.unlabeled
-    partition = split_data(recipe, splits)
+    drawn = split_data(recipe.data, recipe.partition, recipe.partition_seed)
+    uses_unlabeled = METHODS.get(recipe.method.name).uses_unlabeled
+    return _check_data(without_augmentation(recipe.data), drawn.labeled, drawn.unlabeled, uses_unlabeled, accelerator)
+
+
+@functools.lru_cache(maxsize=4)  # a run is checked before its teachers are trained, and when it begins
+def _check_data(
+    section: DataSection,
+    labeled: tuple[str, ...],
+    unlabeled: tuple[str, ...],
+    uses_unlabeled: bool,
+    accelerator: Accelerator,
+) -> tuple[Splits, Split, tuple[int, int]]:
+    pool = section.unlabeled
     streamed = pool is not None and pool.streaming
     if streamed:
-        if partition.unlabeled:
-            accelerator.print(f"note: {len(partition.unlabeled)} unlabelled images give way to [data.unlabeled]")
-        partition = dataclasses.replace(partition, unlabeled=())
-    section = _without_augmentation(recipe.data)
-    splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
+        if unlabeled:
+            accelerator.print(f"note: {len(unlabeled)} unlabelled images give way to [data.unlabeled]")
+        unlabeled = ()
+    splits, partition, size = _check_images(section, labeled, unlabeled, accelerator)
     if pool:
         count = Pool(pool).count if streamed else None
         partition = dataclasses.replace(partition, pool=identity(pool), streamed=streamed, num_streamed=count)
-    if not streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+    if uses_unlabeled and not streamed and not partition.unlabeled:
         accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition, size
 
@@ -309,29 +293,6 @@ def _answer_problems(problems: Sequence[str], section: DataSection, accelerator:
     accelerator.print(f"note: {len(problems)} image(s) skipped by [data] on_error: {listed}", flush=True)
 
 
-def split_data(recipe: Recipe, splits: Splits) -> Split:
-    """Draw the recipe's partition."""
-    presence = _presence(_without_augmentation(recipe.data)) if recipe.partition.balanced else None
-    labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
-    return split(recipe.partition, labeled, unlabeled, recipe.partition_seed, presence, recipe.data.name, splits.pool)
-
-
-@functools.lru_cache(maxsize=2)
-def _presence(section: DataSection) -> dict[str, np.ndarray]:
-    """Return the classes that each image with a mask shows: id -> `[K]` bool."""
-    splits = _load_splits(section)
-    images, found = Images(splits.labeled, splits.decoder), {}
-    for index, name in enumerate(images.ids):
-        try:
-            values = np.unique(images.read(index, with_label=True)[1])
-        except UserError:
-            if section.on_error == "raise":
-                raise
-            values = np.array([])  # shows nothing; if it is drawn all the same, it is skipped then
-        found[name] = np.isin(np.arange(len(splits.classes)), values)
-    return found
-
-
 def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> None:
     """Refuse a network of other classes than the data's.
 
@@ -343,9 +304,3 @@ def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> Non
             f"{title} knows the {len(network.classes)} classes {', '.join(network.classes)}; "
             f"the data has the {len(classes)} classes {', '.join(classes)}; they must be the same"
         )
-
-
-def rows_of(source: datasets.Dataset, ids: tuple[str, ...]) -> datasets.Dataset:
-    """Return the rows of these ids, in the table's order."""
-    wanted = set(ids)
-    return source.select([index for index, name in enumerate(source["id"]) if name in wanted])

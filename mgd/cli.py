@@ -22,8 +22,8 @@ from accelerate.utils import set_seed
 from mgd.data.loaders import available_cpus
 from mgd.errors import Busy, Stopped, UserError
 from mgd.files import write_json
+from mgd.markdown import markdown
 from mgd.recipe import Recipe
-from mgd.report import markdown
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd.cache import cached_targets
-from mgd.checks import check_recipe, finished, rows_of
+from mgd.checks import check_recipe, finished
 from mgd.data.datasets import Splits
 from mgd.data.loaders import Images, TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
-from mgd.data.targets import CachedTargets
 from mgd.files import append_line, keep_lines, write_json
+from mgd.images import training_images, training_pairs
 from mgd.inference import count_confusion, predict
 from mgd.methods.base import Method
 from mgd.methods.contract import check_parts
@@ -269,28 +269,6 @@ def build_networks(recipe: Recipe, splits: Splits) -> list[nn.Module]:
         )
         for index, (_, section) in enumerate(sections)
     ]
-
-
-def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:
-    """Return all images of a partition, labelled or not, without their masks."""
-    ids = partition.labeled + partition.unlabeled
-    return Images(rows_of(splits.without_masks(), ids), None, recipe.data.image_scale)
-
-
-def training_pairs(
-    recipe: Recipe, splits: Splits, partition: Split, targets: CachedTargets | None = None
-) -> TrainingPairs:
-    """Return the samples of a run, but for a stream's images; `targets`: of cached teachers."""
-    labeled = Images(rows_of(splits.labeled, partition.labeled), splits.decoder, recipe.data.image_scale)
-    if not METHODS.get(recipe.method.name).uses_unlabeled or partition.streamed:
-        return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)
-    pool = unlabeled_images(splits, partition, recipe.data.image_scale)
-    return TrainingPairs(labeled, pool, recipe.data, recipe.run.seed, targets)
-
-
-def unlabeled_images(splits: Splits, partition: Split, image_scale: float) -> Images:
-    """Return the unlabelled images; with none left the labelled ones serve as the pool, their masks unseen."""
-    return Images(rows_of(splits.without_masks(), partition.unlabeled or partition.labeled), None, image_scale)
 
 
 def _finish(

@@ -14,12 +14,12 @@ from huggingface_hub.utils import validate_repo_id
 from mgd.complexity import model_costs
 from mgd.errors import UserError, one_line
 from mgd.files import write_aside, write_json, write_text
+from mgd.markdown import markdown
 from mgd.models.card import TAGS, assembled, front_matter, hex_color, plain, usage
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.portable import is_local, portable, portable_command
 from mgd.recipe import Recipe, load
 from mgd.registry import HEADS, METHODS
-from mgd.report import markdown
 from mgd.runs import read_metrics
 
 _FILES = ("recipe.toml", "metrics.json", "overlays.png", "model/config.json", "model/model.safetensors")

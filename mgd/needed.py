@@ -7,13 +7,14 @@ from pathlib import Path
 from torch import nn
 
 from mgd.checks import finished
+from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import Recipe, load
 from mgd.registry import METHODS
 from mgd.runs import recipe_differences
 from mgd.sections import Partition
-from mgd.unseen import find_partition, read_ids
+from mgd.unseen import find_partition
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
@@ -71,7 +72,7 @@ def check_folders(recipes: Mapping[str, Recipe]) -> None:
     owners: dict[Path, tuple[str, Recipe]] = {}
     for title, recipe in recipes.items():
         other, owner = owners.setdefault(recipe.run_dir.resolve(), (title, recipe))
-        if differences := recipe_differences(owner.to_dict(), recipe):
+        if owner is not recipe and (differences := recipe_differences(owner.to_dict(), recipe)):
             raise UserError(
                 f"{other} ({owner.source}) and {title} ({recipe.source}) would share the folder {recipe.run_dir} "
                 f"({'; '.join(differences[:4])}); give each its own [run] name, with {{seed}} in it if only the seed "
@@ -183,7 +184,7 @@ def note_other_data(
         path = find_partition(recipe.teachers[name].checkpoint)
         if path is None:
             continue
-        known = read_ids(path, "labeled")
+        known = set(read_manifest(path).labeled)
         if hidden := known.difference(labeled, val):
             say(f"note: [teachers.{name}] learned from {len(hidden)} labels that this run does not see")
         if leaked := known.intersection(val):

@@ -76,7 +76,7 @@ class Recipe:
     @property
     def is_distilled(self) -> bool:
         """Whether its network learns from teachers, frozen or trained along with it."""
-        return bool(self.teachers) or len(self.networks) > 1
+        return bool(self.teachers) or any(where.startswith("method.teachers.") for where in self.networks)
 
     @property
     def stage(self) -> str:

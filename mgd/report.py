@@ -295,17 +295,6 @@ def by_title(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return groups
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as a Markdown table: numbers to two decimals, None as a dash."""
-    columns = list(rows[0])
-    lines = [[str(column) for column in columns], *[[_text(row[column]) for column in columns] for row in rows]]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(columns))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
 def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows as CSV, numbers in full."""
     text = io.StringIO()
@@ -349,7 +338,3 @@ def _value(cell: Cell) -> str:
     if reference := cell.recipe.reference:
         more.append(f"{reference.source} {reference.miou:.2f}, {cell.mean - reference.miou:+.2f}")
     return f"{text} ({'; '.join(more)})"
-
-
-def _text(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import mgd
-from mgd.data.partitions import Split, repainted
+from mgd.data.partitions import Split, read_manifest, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import read_json, write_json, write_text
 from mgd.recipe import Recipe, parse
@@ -185,25 +185,27 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
     manifest = partition.manifest(recipe.partition, recipe.partition_seed) | {"teachers": dict(teachers)}
     path = folder / "partition.json"
     if (folder / "checkpoint").exists() and path.exists():
-        there = read_json(path, ("labeled", "unlabeled", "num_labeled", "num_unlabeled"))
-        if there.get("teachers", {}) != manifest["teachers"]:
+        there = read_manifest(path)
+        if there.teachers != manifest["teachers"]:
             raise UserError(
                 f"{folder}: its teachers are not those that it began with; put them back, or start over: "
                 f"{recipe.command} --restart"
             )
-        if there.get("pool", "") != manifest["pool"]:
+        if there.pool != manifest["pool"]:
             raise UserError(
                 f"{path}: the files of [data.unlabeled] have changed since this run began; put them back, or start "
                 f"over: {recipe.command} --restart"
             )
-        lists = [key for key in ("labeled", "unlabeled", "val") if key in there]  # an older run has no val
-        if any(set(there[key]) != set(manifest[key]) for key in lists):
-            then, now = (" / ".join(str(len(which[key])) for key in lists) for which in (there, manifest))
+        names = ("labeled", "unlabeled", "val")
+        then = {key: ids for key in names if (ids := getattr(there, key)) is not None}  # an older run has no val
+        now = {key: manifest[key] for key in then}
+        if any(set(then[key]) != set(now[key]) for key in then):
+            counts = [" / ".join(str(len(ids)) for ids in lists.values()) for lists in (then, now)]
             raise UserError(
                 f"{path}: the images of [data] have changed since this run began (labelled / unlabelled / to evaluate "
-                f"on: {then} then, {now} now); put them back, or start over: {recipe.command} --restart"
+                f"on: {counts[0]} then, {counts[1]} now); put them back, or start over: {recipe.command} --restart"
             )
-        if painted := repainted(there.get("masks", {}), manifest["masks"]):
+        if painted := repainted(there.masks, manifest["masks"]):
             raise UserError(
                 f"{path}: masks have changed since this run began: {some(painted)}; put them back, or start over: "
                 f"{recipe.command} --restart"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, create_model
 
 from mgd.errors import UserError
+from mgd.needed import needed_recipes
 from mgd.recipe import load, network_keys
 from mgd.registry import DATASETS, HEADS, METHODS
 from mgd.sections import Eval, ModelSection, Optim, Partition, Reference, Run, Section, Teacher, TeacherCache
@@ -71,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wrong = 0
     for name in args.recipes:
         try:
-            recipe = load(name, args.set)
-            for other in [*(t.recipe for t in recipe.teachers.values() if t.recipe), *recipe.eval.baselines]:
-                load(other)
+            needed_recipes(load(name, args.set))
             print(f"{name}: ok")
         except UserError as error:
             wrong += 1

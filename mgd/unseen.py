@@ -7,8 +7,9 @@ from typing import Any
 
 import datasets
 
-from mgd.checks import rows_of
 from mgd.data.datasets import Splits
+from mgd.data.partitions import read_manifest
+from mgd.data.reading import rows_of
 from mgd.errors import UserError
 from mgd.files import read_json, write_json
 from mgd.metrics import Scores
@@ -21,18 +22,6 @@ def find_partition(model: str | Path) -> Path | None:
     folders = [Path(model), Path(model).resolve()]  # a run's model/ may be a link to elsewhere
     folders += [folder.parent for folder in folders if folder.name in ("model", "best")]
     return next((path for folder in folders if (path := folder / "partition.json").is_file()), None)
-
-
-def read_ids(path: Path, key: str) -> set[str]:
-    """Return a list of images of `partition.json`.
-
-    Raises:
-        UserError: it cannot be read, or is no such list.
-    """
-    ids = read_json(path, (key,))[key]
-    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-        raise UserError(f"{path} is damaged: {key} is no list of images")
-    return set(ids)
 
 
 def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str], None]) -> datasets.Dataset:
@@ -60,15 +49,15 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
             f"[data] {other[0]} = {mine.get(other[0])!r}, but {theirs.get(other[0])!r} in {run}/recipe.toml; which "
             "masks it had is known of its own data only"
         )
-    names = read_ids(path, "unlabeled").intersection(splits.labeled["id"])
+    names = set(read_manifest(path).unlabeled).intersection(splits.labeled["id"])
     for name, teacher in own.teachers.items():
         found = find_partition(teacher.checkpoint) if teacher.checkpoint else None
-        if found and (shown := names & read_ids(found, "labeled")):
+        if found and (shown := names.intersection(read_manifest(found).labeled)):
             say(f"note: {len(shown)} images are left out, as [teachers.{name}] learned from their masks")
             names -= shown
     if not names:
         raise UserError(f"{run}: no image is left that it had without a mask and [data] has with one")
-    return rows_of(splits.labeled, tuple(names))
+    return rows_of(splits.labeled, names)
 
 
 def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, num_images: int) -> str:

@@ -15,8 +15,9 @@ import functools  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, load_splits, usable  # noqa: E402
+from mgd.checks import check_classes, usable  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
+from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402

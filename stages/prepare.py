@@ -11,8 +11,9 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_data, load_splits  # noqa: E402
+from mgd.checks import check_data  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
+from mgd.data.reading import load_splits  # noqa: E402
 from mgd.data.scan import scan  # noqa: E402
 from mgd.data.stream import Pool, scan_pool  # noqa: E402
 from mgd.errors import UserError  # noqa: E402

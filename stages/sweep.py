@@ -99,10 +99,11 @@ def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[s
             refuse_students(recipe)
             needed = needed_recipes(recipe)
             for title, other in {"the run": recipe, **needed}.items():
-                finished(other)
                 writers[f"{title} of {path}, seed {seed},"] = other
             cells[recipe.run_dir.resolve()] = Cell(recipe, sets, folders_of(recipe, needed))
     check_folders(writers)
+    for recipe in {recipe.run_dir.resolve(): recipe for recipe in writers.values()}.values():
+        finished(recipe)
     return cells
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from mgd import checks
+from mgd.data import reading
 from mgd.models.segmenter import SegOutput
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -161,8 +162,12 @@ def _single_thread():
     torch.set_num_threads(1)
 
 
+def forget_data():
+    """Let the next run look at its files anew, as another process would."""
+    for cached in (reading._load_splits, reading._presence, checks._check_images, checks._check_data):
+        cached.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_cached():
-    checks._load_splits.cache_clear()
-    checks._check_images.cache_clear()
-    checks._presence.cache_clear()
+    forget_data()

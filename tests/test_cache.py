@@ -15,7 +15,8 @@ from mgd.checks import check_recipe
 from mgd.data.targets import CachedTargets, shard_path
 from mgd.data.transforms import View
 from mgd.errors import Stopped, UserError
-from mgd.experiment import run_recipe, training_images, training_pairs
+from mgd.experiment import run_recipe
+from mgd.images import training_images, training_pairs
 from mgd.losses.cwd import channel_wise
 from mgd.losses.kd import pixel_kl
 from mgd.methods.mgd import MGD, _cached
@@ -133,7 +134,7 @@ def test_probabilities_are_those_of_online_teachers_where_the_crop_is_the_image(
         online, ours = method._online(name, views, batch["mask"]), _cached(batch, name, kinds)
         for what in ("labeled", "unlabeled"):
             wanted = getattr(online, what)
-            assert wanted.std(dim=(2, 3)).max() > 0.2
+            assert wanted.std(dim=(2, 3)).max() > 0.15
             assert (getattr(ours, what) - wanted).abs().mean() < 0.4 * (wanted.flip(-1) - wanted).abs().mean(), what
 
 

@@ -10,9 +10,9 @@ import pytest
 import tomli_w
 import torch
 from accelerate import Accelerator
-from conftest import TINY
+from conftest import TINY, forget_data
 
-from mgd.checks import _load_splits, check_recipe, finished
+from mgd.checks import check_recipe, finished
 from mgd.data.loaders import Images
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
@@ -140,7 +140,7 @@ def test_bad_files_are_refused_before_training_or_skipped_and_listed(folder, rec
         assert finished(recipe_of(on_error="skip"))
         for place in ("images", "masks"):  # what was left out may go
             (folder / "val" / place / f"{skipped.removeprefix('validation: ')}.png").unlink()
-        _load_splits.cache_clear()
+        forget_data()
         assert finished(recipe_of(on_error="skip"))
 
 

@@ -18,9 +18,8 @@ import torch
 import torch._dynamo
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from conftest import ROOT, forget_data
 
-from mgd import checks
 from mgd.checks import check_recipe, finished
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
@@ -154,7 +153,7 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     root = tmp_path / "mine"
 
     def paint(folder, names):
-        checks._load_splits.cache_clear()  # another command would begin without it
+        forget_data()  # another command would begin without it
         for index, name in enumerate(names):
             for part, value in (("images", 9 * index), ("masks", index % 2)):
                 (root / folder / part).mkdir(parents=True, exist_ok=True)
@@ -182,12 +181,12 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     (root / "val" / "masks" / "z.png").unlink()
     for part in ("images", "masks"):
         (root / "val" / part / "y.png").rename(root / "val" / part / "w.png")
-    checks._load_splits.cache_clear()
+    forget_data()
     with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 0 / 2 now"):
         finished(recipe)
     for part in ("images", "masks"):
         (root / "val" / part / "w.png").rename(root / "val" / part / "y.png")
-    checks._load_splits.cache_clear()
+    forget_data()
     assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
     for folder, name, title in ((".", "b", "b"), ("val", "x", "validation: x")):
         mask = root / folder / "masks" / f"{name}.png"
@@ -199,21 +198,21 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     assert finished(recipe)["miou"] == done["miou"]
     PIL.Image.new("L", (40, 40), 1).save(root / "masks" / "a.png")
     (recipe.run_dir / "metrics.json").unlink()
-    checks._check_images.cache_clear()
+    forget_data()
     with pytest.raises(UserError, match=r"masks have changed since this run began: a; put them back, or start over"):
         run_recipe(recipe, Accelerator())
     PIL.Image.new("L", (40, 40), 0).save(root / "masks" / "a.png")
-    checks._check_images.cache_clear()
+    forget_data()
     done = run_recipe(recipe, Accelerator(), restart=True)
     root.rename(tmp_path / "elsewhere")
-    checks._load_splits.cache_clear()
+    forget_data()
     assert finished(recipe)["miou"] == done["miou"], "a result outlives its images"
 
 
 def test_what_a_given_teacher_saw_otherwise_is_said(write_recipe, tmp_path):
     network = SimpleNamespace(image_scale=1.0)
     (tmp_path / "teacher").mkdir()
-    (tmp_path / "teacher" / "partition.json").write_text(json.dumps({"labeled": ["a", "b", "v"]}))
+    (tmp_path / "teacher" / "partition.json").write_text(json.dumps({"labeled": ["a", "b", "v"], "unlabeled": []}))
     term = {"name": "mgd", "pixel": {"teachers": ["deep"]}}
     deep = {"deep": {"checkpoint": str(tmp_path / "teacher")}}
     recipe = load(write_recipe(method=term, teachers=deep), ["data.image_scale=0.5"])

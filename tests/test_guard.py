@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mgd.checks import load_splits
+from mgd.data.reading import load_splits
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.methods.base import StepOutput

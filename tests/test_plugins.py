@@ -17,9 +17,8 @@ from plugin_package import install
 from safetensors.torch import load_file
 from torch import nn
 
-from mgd.checks import load_splits
 from mgd.data.datasets import Shapes
-from mgd.data.reading import read_splits
+from mgd.data.reading import load_splits, read_splits
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.hub import open_run, write_folder

@@ -10,14 +10,15 @@ import tomli_w
 from accelerate import Accelerator
 from conftest import ROOT
 
-from mgd.checks import load_splits
 from mgd.data.loaders import Images
+from mgd.data.reading import load_splits
 from mgd.errors import UserError
 from mgd.experiment import evaluate_network, run_recipe
+from mgd.markdown import markdown
 from mgd.models.segmenter import load_segmenter
 from mgd.needed import needed_recipes
 from mgd.recipe import load
-from mgd.report import as_csv, collect, markdown, notes, rows_of, tables
+from mgd.report import as_csv, collect, notes, rows_of, tables
 
 REFERENCE = {"miou": 55.0, "source": "paper, Table 9"}
 

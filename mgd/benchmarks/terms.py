@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgd.errors import UserError
 from mgd.methods.base import Method
 from mgd.methods.contract import checked_output
 
@@ -22,6 +23,9 @@ def suite(method: Method, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[
     Returns:
         Rows `term, value, weight, gradient, beside the first`, means over the batches: the value before it is weighted,
         the weight, the norm of the weighted gradient; and that mean beside the first term's, the supervised one.
+
+    Raises:
+        UserError: the method logs no term.
     """
     parameters = [value for network in method.networks for value in network.parameters() if value.requires_grad]
     found: dict[str, list[tuple[float, float, float]]] = {}
@@ -36,6 +40,8 @@ def suite(method: Method, batches: Iterable[Mapping[str, Tensor]]) -> list[dict[
             norm = torch.nn.utils.get_total_norm([part for part in parts if part is not None])
             found.setdefault(name, []).append((value.item(), weight.item(), norm.item()))
     means = {name: [statistics.fmean(column) for column in zip(*values, strict=True)] for name, values in found.items()}
+    if not means:
+        raise UserError(f"[method] {method.config.name} logs no term of its loss; StepOutput.log is where they belong")
     first = next(iter(means.values()))[2] or math.nan
     return [
         {"term": name, "value": value, "weight": weight, "gradient": norm, "beside the first": norm / first}

@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mgd.data.lists import match, own_lists, public_lists
 from mgd.errors import UserError, some
+from mgd.files import read_json
 from mgd.sections import Partition
 from mgd.tables import labeled_amount
 
@@ -60,6 +63,34 @@ class Split:
             "val": list(self.val),
             "masks": dict(self.masks),
         }
+
+
+class Manifest(BaseModel):
+    """What is read again of `partition.json`, see `Split`; keys that an older run did not write have defaults."""
+
+    model_config = ConfigDict(strict=True)
+    labeled: list[str]
+    unlabeled: list[str]
+    skipped: dict[str, str] = {}
+    pool: str = ""
+    val: list[str] | None = None
+    masks: dict[str, int] = {}
+    teachers: dict[str, str] = {}
+    """Fingerprints of the teachers' weights by name."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the `partition.json` of a run.
+
+    Raises:
+        UserError: it cannot be read, or is not as a run wrote it.
+    """
+    try:
+        return Manifest.model_validate(read_json(path, ()))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        raise UserError(f"{path} is damaged: {what}; delete it, or start over with --restart") from error
 
 
 def repainted(then: Mapping[str, int], now: Mapping[str, int]) -> list[str]:

@@ -1,12 +1,19 @@
-"""Reading a data set, by our readers or a plug-in's, and what they must return."""
+"""The data of a recipe: read by our readers or a plug-in's, which must keep to a contract, and divided."""
 
+import dataclasses
+import functools
 from collections import Counter
+from collections.abc import Collection
 
 import datasets
+import numpy as np
 
 from mgd.data.datasets import Splits
+from mgd.data.loaders import Images
+from mgd.data.partitions import Split, split
+from mgd.data.stream import whole_pool
 from mgd.errors import UserError, one_line, some
-from mgd.sections import DataSection
+from mgd.sections import DataSection, Partition
 
 _TEXT, _IMAGE = datasets.Value("string"), datasets.Image()
 _COLUMNS = {
@@ -14,6 +21,71 @@ _COLUMNS = {
     "unlabeled": {"id": _TEXT, "image": _IMAGE},
     "val": {"id": _TEXT, "image": _IMAGE, "label": _IMAGE},
 }
+
+
+def load_splits(section: DataSection) -> Splits:
+    """Load the data of a recipe; runs of one comparison share it.
+
+    Raises:
+        UserError: see the readers; or there is nothing to evaluate on.
+    """
+    return _load_splits(without_augmentation(section))
+
+
+def without_augmentation(section: DataSection) -> DataSection:
+    """The section with the keys that only shape batches at one value, so that runs share what is read."""
+    return section.model_copy(update={"crop": 32, "scales": (1.0,), "flip": False})
+
+
+@functools.lru_cache(maxsize=2)
+def _load_splits(section: DataSection) -> Splits:
+    splits = read_splits(section)
+    if section.unlabeled and not section.unlabeled.streaming:
+        pool = whole_pool(section.unlabeled)
+        unlabeled = datasets.concatenate_datasets([splits.unlabeled, pool])
+        splits = dataclasses.replace(splits, unlabeled=unlabeled, pool=tuple(pool["id"]))
+    if len(splits.val) == 0:
+        raise UserError(f"[data] {section.name}: no validation image; the result of a run is its mIoU on them")
+    return splits
+
+
+def split_data(section: DataSection, partition: Partition, seed: int) -> Split:
+    """Draw a partition of the data of a recipe.
+
+    Args:
+        section: its `[data]`.
+        partition: its `[partition]`.
+        seed: of the draw.
+
+    Raises:
+        UserError: see `load_splits` and `split`.
+    """
+    splits = load_splits(section)
+    presence = _presence(without_augmentation(section)) if partition.balanced else None
+    labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
+    return split(partition, labeled, unlabeled, seed, presence, section.name, splits.pool)
+
+
+@functools.lru_cache(maxsize=2)
+def _presence(section: DataSection) -> dict[str, np.ndarray]:
+    """Return the classes that each image with a mask shows: id -> `[K]` bool."""
+    splits = _load_splits(section)
+    images, found = Images(splits.labeled, splits.decoder), {}
+    for index, name in enumerate(images.ids):
+        try:
+            values = np.unique(images.read(index, with_label=True)[1])
+        except UserError:
+            if section.on_error == "raise":
+                raise
+            values = np.array([])  # shows nothing; if it is drawn all the same, it is skipped then
+        found[name] = np.isin(np.arange(len(splits.classes)), values)
+    return found
+
+
+def rows_of(source: datasets.Dataset, ids: Collection[str]) -> datasets.Dataset:
+    """Return the rows of these ids, in the table's order."""
+    wanted = set(ids)
+    return source.select([index for index, name in enumerate(source["id"]) if name in wanted])
 
 
 def read_splits(section: DataSection) -> Splits:

@@ -49,10 +49,17 @@ def digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def write_shard(folder: Path, number: int, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write one shard, whole or not at all; `tensors` by the names that the module's docstring gives."""
+def write_shard(folder: Path, number: int, manifest: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write one shard, whole or not at all.
+
+    Args:
+        folder: the cache.
+        number: of the shard.
+        manifest: digest of the cache's.
+        tensors: by the names that the module's docstring gives.
+    """
     sums = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    header = {"cache": json.dumps({"manifest": digest(manifest), "checksums": sums})}  # one key: their order varies
+    header = {"cache": json.dumps({"manifest": manifest, "checksums": sums})}  # one key: their order varies
     write_aside(shard_path(folder, number), lambda path: save_file(dict(tensors), path, metadata=header))
 
 

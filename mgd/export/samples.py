@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mgd.checks import check_classes, load_splits, split_data
+from mgd.checks import check_classes
 from mgd.data.loaders import EvaluationImages, Images
+from mgd.data.reading import load_splits, split_data
 from mgd.errors import UserError
-from mgd.experiment import unlabeled_images
 from mgd.export.verify import Sample
+from mgd.images import unlabeled_images
 from mgd.models.segmenter import Segmenter
 from mgd.pictures import evenly, list_pictures, read_picture, rescale, to_tensor
 from mgd.recipe import Recipe
@@ -26,7 +27,7 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
     """
     splits = load_splits(recipe.data)
     check_classes(splits.classes, model, "the model")
-    partition = split_data(recipe, splits)
+    partition = split_data(recipe.data, recipe.partition, recipe.partition_seed)
     val = EvaluationImages(Images(splits.val, splits.decoder, model.image_scale))
     pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"

@@ -11,8 +11,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from accelerate import Accelerator
+from conftest import forget_data
 
-from mgd import checks
+from mgd.checks import check_recipe
+from mgd.data.reading import split_data
 from mgd.data.stream import Place, Pool, scan_pool
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
@@ -185,7 +187,7 @@ def test_epochs_over_a_stream_of_unknown_length(write_recipe, tmp_path):
     path = tmp_path / "epochs.toml"
     path.write_text(text.replace("steps = 4", "epochs = 1"))
     with pytest.raises(UserError, match="the length of the unlabelled stream is not known; give steps instead"):
-        checks.check_recipe(load(path), Accelerator())  # before its teachers are trained, then
+        check_recipe(load(path), Accelerator())  # before its teachers are trained, then
 
 
 def test_a_pool_that_is_no_stream_joins_the_unlabelled_images(write_recipe, tmp_path):
@@ -200,7 +202,7 @@ def test_a_pool_that_is_no_stream_joins_the_unlabelled_images(write_recipe, tmp_
         (tmp_path / key).write_text("".join(f"train-{number:06d}\n" for number in numbers))
     places = [f"partition.{key}={tmp_path / key}" for key in lists]
     listed = load(recipe.source, ["partition.protocol=files", *places])
-    drawn = checks.split_data(listed, checks.load_splits(listed.data))
+    drawn = split_data(listed.data, listed.partition, listed.partition_seed)
     pool = tuple(f"pool/{number:08d}" for number in range(31))
     assert drawn.unlabeled == (*pool, "train-000005", "train-000006") and len(drawn.labeled) == 4
 
@@ -237,6 +239,5 @@ def test_a_pool_that_changes_under_an_unfinished_run_is_refused(write_recipe, tm
         run_recipe(recipe, Accelerator())
     write_parquet(tmp_path / "pool", (20, 12))
     with pytest.raises(UserError, match=r"the files of \[data.unlabeled\] have changed since this run began"):
-        checks._load_splits.cache_clear()
-        checks._check_images.cache_clear()
+        forget_data()
         run_recipe(recipe, Accelerator())

@@ -16,9 +16,9 @@ import PIL.Image
 import pytest
 from accelerate import Accelerator
 
-from mgd.checks import load_splits
 from mgd.data.feed import Feed
 from mgd.data.loaders import Images, TrainingPairs
+from mgd.data.reading import load_splits
 from mgd.data.stream import Pool, whole_pool
 from mgd.recipe import load
 from mgd.sections import UnlabeledSection

@@ -57,7 +57,7 @@ def write(folder):
     for index in range(2):
         tensors[f"{index}/t/labels"] = torch.from_numpy(rng.integers(0, 5, SIZE[::-1]).astype(np.uint8))
         tensors[f"{index}/t/logits"] = torch.from_numpy(rng.normal(size=(5, 5, 7))).half()
-    write_shard(folder, 0, MANIFEST, tensors)
+    write_shard(folder, 0, digest(MANIFEST), tensors)
     return tensors
 
 
@@ -75,7 +75,7 @@ def test_labels_are_cut_like_those_of_the_image(tmp_path):
 def test_what_is_shown_is_no_padding_and_probabilities_sum_to_one(tmp_path):
     rng = np.random.default_rng(0)
     stored = torch.from_numpy((rng.dirichlet([0.02] * 150, (18, 25)) * 255).round().astype(np.uint8)).permute(2, 0, 1)
-    write_shard(tmp_path, 0, MANIFEST, {"1/t/probabilities": stored.contiguous()})
+    write_shard(tmp_path, 0, digest(MANIFEST), {"1/t/probabilities": stored.contiguous()})
     targets = CachedTargets(tmp_path, MANIFEST, {"t": ("probabilities",)}, "mend")
     parts = set()
     for seed in range(20):
@@ -94,7 +94,7 @@ def test_what_is_shown_is_no_padding_and_probabilities_sum_to_one(tmp_path):
 )
 def test_predictions_for_an_image_of_another_size_are_named(tmp_path, kind, shape):
     stored = torch.ones(shape, dtype=torch.half if "logits" in kind else torch.uint8)
-    write_shard(tmp_path, 0, MANIFEST, {f"0/t/{kind}": stored})
+    write_shard(tmp_path, 0, digest(MANIFEST), {f"0/t/{kind}": stored})
     targets = CachedTargets(tmp_path, MANIFEST, {"t": (kind,)}, "mend")
     view = View((0, 0, 40, 40), (48, 48), (0, 0), False)
     assert targets.cut("a", (40, 60), view, CROP)

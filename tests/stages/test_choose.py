@@ -10,9 +10,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
-from conftest import call_stage, run_stage
+from conftest import call_stage, forget_data, run_stage
 
-from mgd import checks
 from mgd.data.lists import read_list
 from mgd.data.partitions import split
 from mgd.models.segmenter import build_segmenter
@@ -50,8 +49,7 @@ def train(capsys, tmp_path):
     """Train on the lists of a choice; return exit status and the last error up to where it explains."""
 
     def run(recipe, choice, *args):
-        checks._load_splits.cache_clear()
-        checks._check_images.cache_clear()
+        forget_data()
         status, _, error = call_stage(capsys, "teacher_cps.py", "--recipe", recipe, *on_lists(tmp_path / choice), *args)
         lines = [line for line in error.splitlines() if line.startswith("error: ")]
         return status, lines[-1].partition(" (")[0] if lines else ""

@@ -7,9 +7,8 @@ import PIL.Image
 import pytest
 import tomli_w
 from accelerate import Accelerator
-from conftest import TINY
+from conftest import TINY, forget_data
 
-from mgd.checks import _load_splits
 from mgd.experiment import run_recipe
 from mgd.recipe import load
 
@@ -121,7 +120,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     for index in range(len(SIZES)):
         if str(index) not in labeled:
             (tmp_path / "train" / "masks" / f"{index}.png").unlink()
-    _load_splits.cache_clear()  # another process would look at the folder anew
+    forget_data()  # another process would look at the folder anew
     nothing = run_here(*flags)
     assert nothing.returncode == 2 and "no image is left that it had without a mask and" in nothing.stderr
     shutil.copytree(run / "model", tmp_path / "shipped")

@@ -8,9 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
-from conftest import ROOT
+from conftest import ROOT, forget_data
 
-from mgd import checks
 from mgd.data.datasets import Folder
 from mgd.errors import UserError
 
@@ -53,7 +52,7 @@ def test_every_unusable_file_is_listed(prepare, write_recipe, tmp_path, capsys):
     PIL.Image.new("L", (5, 5)).save(root / "masks" / f"{training[1]}.png")
     PIL.Image.new("L", (30, 20), 7).save(root / "masks" / f"{training[2]}.png")
     (root / "unlabeled" / "3.png").write_bytes(b"")
-    checks._load_splits.cache_clear()
+    forget_data()
     with pytest.raises(UserError) as error:
         prepare("--recipe", recipe, "--json", tmp_path / "counts.json")
     lines = str(error.value).splitlines()
