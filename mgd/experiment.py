@@ -143,7 +143,7 @@ def _run(
     track(accelerator, {"step": num_steps, "val_miou": result.miou})
     metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)
     if accelerator.is_main_process:
-        _finish(folder, recipe, network, val, splits, metrics, accelerator.device)
+        _finish(folder, recipe, network, val, splits, metrics, accelerator)
     accelerator.wait_for_everyone()
     accelerator.print(f"{folder}: mIoU {result.miou:.2f} on {len(val)} val images, {spent.seconds:.0f} s of training")
     return metrics
@@ -153,8 +153,7 @@ def _build(
     recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module], splits: Splits, partition: Split
 ) -> tuple[Method, TrainingPairs]:
     """Return the method with its networks, and the samples of the run with what cached teachers say of them."""
-    with accelerator.main_process_first():
-        networks = build_networks(recipe, splits)
+    networks = build_networks(recipe, splits)
     targets = None
     if recipe.cache:
         images = training_images(recipe, splits, partition)
@@ -278,7 +277,7 @@ def _finish(
     val: Images,
     splits: Splits,
     metrics: dict[str, Any],
-    device: torch.device,
+    accelerator: Accelerator,
 ) -> None:
     """Write what a finished run leaves behind; metrics.json last, for it marks the run finished."""
     log = folder / "metrics.jsonl"
@@ -287,7 +286,8 @@ def _finish(
     append_line(log, last)
     plot_curves(log, folder / "curves.png")
     chosen = evenly(len(val), 4)
-    pictures = predict_samples(network, val, chosen, recipe, device)
+    with accelerator.autocast():  # as they were evaluated
+        pictures = predict_samples(network, val, chosen, recipe, accelerator.device)
     save_overlays(pictures, splits.classes, splits.colors, folder / "overlays.png")
     write_json(folder / "metrics.json", metrics)
 

@@ -111,12 +111,19 @@ class Recipe:
 
 
 _SECTIONS = ("run", "data", "partition", "student", "method", "optim", "eval")
-# What may be overridden without becoming another experiment than the one that [reference] speaks of.
-_KEEP_REFERENCE = (
-    *("run.", "partition.seed=", "partition.root="),
-    *("data.root=", "data.hub=", "data.parquet=", "data.id_column=", "data.image_column=", "data.label_column="),
-    *("data.workers=", "eval.every=", "eval.batch_size=", "eval.baselines=", "reference."),
+FREE_KEYS = frozenset(
+    {
+        *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "run.tracker"),
+        *("data.workers", "partition.root", "cache.folder", "eval.baselines", "eval.every", "eval.batch_size"),
+        *("reference.miou", "reference.source"),
+    }
 )
+"""Keys that change how a run is done, or where things lie, not what comes out."""
+# What else may be overridden without becoming another experiment than the one that [reference] speaks of.
+_KEEP_REFERENCE = FREE_KEYS | {
+    *("run.name", "run.seed", "partition.seed"),
+    *("data.root", "data.hub", "data.parquet", "data.id_column", "data.image_column", "data.label_column"),
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -144,7 +151,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raw["partition"].pop(key, None)
     for text in overrides:
         override(raw, text)
-    if not all(text.startswith(_KEEP_REFERENCE) for text in overrides):
+    if not {text.partition("=")[0] for text in overrides} <= _KEEP_REFERENCE:
         raw.pop("reference", None)
     return parse(raw, source=str(path), overrides=overrides)
 

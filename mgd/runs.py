@@ -18,7 +18,7 @@ import mgd
 from mgd.data.partitions import Split, read_manifest, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import read_json, write_json, write_text
-from mgd.recipe import Recipe, parse
+from mgd.recipe import FREE_KEYS, Recipe, parse
 from mgd.registry import DATASETS, plugin_packages
 from mgd.tables import flatten
 
@@ -30,13 +30,6 @@ except ImportError:  # Windows
 
 UNLABELED = "unlabeled.json"
 """In a run folder, what it scores on its unlabelled images; see mgd/unseen.py."""
-
-# Keys of a recipe that change how a run is done, or where things lie, not what comes out.
-_FREE = {
-    *("run.log_every", "run.checkpoint_every", "run.threads", "run.output", "run.compile", "run.tracker"),
-    *("data.workers", "partition.root", "cache.folder", "eval.baselines", "eval.every", "eval.batch_size"),
-    *("reference.miou", "reference.source"),
-}
 
 
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
@@ -245,10 +238,10 @@ def shaping_keys(recipe: Recipe) -> dict[str, Any]:
 
 
 def _shaping(tables: Mapping) -> dict[str, Any]:
-    flat, free = flatten(tables), _FREE
+    flat, free = flatten(tables), FREE_KEYS
     with contextlib.suppress(UserError):  # a data set of a package that is not here: its root counts
         if DATASETS.get(str(flat.get("data.name"))).same_everywhere:
-            free = _FREE | {"data.root"}
+            free = FREE_KEYS | {"data.root"}
     return {key: value for key, value in flat.items() if key not in free}
 
 

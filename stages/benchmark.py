@@ -124,6 +124,8 @@ def _costs(recipe: Recipe, args: argparse.Namespace) -> None:
 
 def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print what networks take in ONNX Runtime."""
+    if args.size and len(args.size) > 1:
+        raise UserError(f"--suite {args.suite} takes one --size")
     classes, size = len(recipe.data.class_names()), args.size[0] if args.size else recipe.data.crop
     where = f"{size}x{size}, batch 1, {args.threads} thread(s), ONNX Runtime on {device_name(torch.device('cpu'))}"
     if args.suite == "infer":

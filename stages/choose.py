@@ -120,9 +120,9 @@ def _write(output: Path, found: Candidates, images: Images, chosen: list[int], l
     """Write the chosen images, their thumbnails and the two lists; labeled.txt last, which marks a whole choice."""
     lines = []
     for index in chosen:
-        row, name = images.unlabeled[index]["image"], images.ids[index]
+        name = images.ids[index]
         mask = f"\t{found.masks / name}.png" if found.masks else ""
-        lines.append(f"{row['path'] if row['bytes'] is None else name}{mask}\n")
+        lines.append(f"{images.path(index) or name}{mask}\n")
     write_text(output / "selected.txt", "".join(lines))
     shown = [(images.ids[index], images.read(index, with_label=False)[0]) for index in chosen[:ON_SHEET]]
     save_contact_sheet(shown, output / "selected.png")

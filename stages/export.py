@@ -111,15 +111,18 @@ def main() -> None:
             args.max_drop,
             args.threads,
         )
+        facts = {"format": args.format, "backbone": model.section.backbone, "head": model.section.head.name}
+        facts |= {"height": size[0], "width": size[1]} | marks
+        facts |= {"classes": list(model.classes), "image_scale": model.image_scale, "fingerprint": fingerprint(model)}
+        where = {"device": device_name(torch.device("cpu")), "platform": platform.machine(), "versions": versions()}
+        described = f"{name}.json"
+        write_json(Path(aside) / described, facts | row | {"threads": args.threads, "notes": notes} | where)
         final = output / name
+        (output / described).unlink(missing_ok=True)  # it never stands beside a file that it does not describe
         if final.is_dir():  # which cannot be replaced in one go
             final.rename(Path(aside) / "old")
         os.replace(Path(aside) / name, final)
-    facts = {"format": args.format, "backbone": model.section.backbone, "head": model.section.head.name}
-    facts |= {"height": size[0], "width": size[1]} | marks
-    facts |= {"classes": list(model.classes), "image_scale": model.image_scale, "fingerprint": fingerprint(model)}
-    where = {"device": device_name(torch.device("cpu")), "platform": platform.machine(), "versions": versions()}
-    write_json(final.with_name(final.name + ".json"), facts | row | {"threads": args.threads, "notes": notes} | where)
+        os.replace(Path(aside) / described, output / described)
     off = row.get("logits off by")
     cli.print_rows([row | ({} if off is None else {"logits off by": f"{off:.1e}"})])
     for note in notes:

@@ -113,8 +113,8 @@ def test_probabilities_are_kept_for_soft_labels(cached):
     view = View((0, 0, 20, 20), (30, 30), (2, 2), False)  # its last 4 x 4 pixels show the image's fifth cell
     found, flipped = (targets.cut(images.ids[3], (48, 48), view._replace(mirrored=m), 32) for m in (False, True))
     assert torch.allclose(found["b/probabilities"][:, 7, 7], wanted[:, 4, 4], atol=3e-3)
-    assert found["b/shown"].sum() == 900 and found["b/shown"][2:, 2:].all()
-    for kind in ("probabilities", "shown"):
+    assert found["b/valid"].sum() == 900 and found["b/valid"][2:, 2:].all()
+    for kind in ("probabilities", "valid"):
         assert torch.equal(flipped[f"b/{kind}"], found[f"b/{kind}"].flip(-1)), kind
 
 
@@ -183,7 +183,7 @@ def test_kd_and_cwd_learn_from_logits_that_are_kept(cached, tmp_path, method, lo
         mixed, swapped = (torch.where(batch["mask"], *order) for order in ((second, first), (first, second)))
         for view, wanted, other in (("labeled", labeled, labeled.flip(-1)), ("unlabeled", mixed, swapped)):
             assert (said[name][view].logits - wanted).abs().mean() < 0.4 * (other - wanted).abs().mean()
-            assert said[name][view].shown.all()
+            assert said[name][view].valid.all()
     views = {"labeled": batch["image"], "unlabeled": torch.where(batch["mask"], batch["mix"], batch["unlabeled"])}
     for view, images in views.items():
         wanted = sum(loss(student(images).logits, said[name][view].logits, 2.0).item() for name in teachers) / 2

@@ -43,13 +43,18 @@ class Images:
         self.ids = list(source["id"])
         for column in {"image", "label"} & set(source.column_names):
             source = source.cast_column(column, datasets.Image(decode=False))
-        self.labeled = source
-        self.unlabeled = source.select_columns(["id", "image"])
+        self._rows = source
+        self._without_masks = source.select_columns(["id", "image"])
         self.decoder, self.image_scale = decoder, image_scale
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.ids)
+
+    def path(self, index: int) -> Path | None:
+        """Return where an image lies; None of one that is no file of its own."""
+        row = self._without_masks[index]["image"]
+        return Path(row["path"]) if row["bytes"] is None else None
 
     def encoded(self, index: int) -> bytes:
         """Return the file of an image as it is.
@@ -57,7 +62,7 @@ class Images:
         Raises:
             UserError: it cannot be read.
         """
-        row = self.unlabeled[index]["image"]
+        row = self._without_masks[index]["image"]
         try:
             return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
         except OSError as error:
@@ -65,7 +70,7 @@ class Images:
 
     def mask_sums(self) -> dict[str, int]:
         """Return the CRC-32 of every mask that is a file of its own, by id."""
-        masks = ((row["id"], row["label"]) for row in self.labeled.select_columns(["id", "label"]))
+        masks = ((row["id"], row["label"]) for row in self._rows.select_columns(["id", "label"]))
         files = {name: Path(mask["path"]) for name, mask in masks if mask and mask["bytes"] is None}
         return {name: zlib.crc32(path.read_bytes()) for name, path in files.items()}
 
@@ -85,7 +90,7 @@ class Images:
         """
         name = self.ids[index]
         try:
-            row = (self.labeled if with_label else self.unlabeled)[index]
+            row = (self._rows if with_label else self._without_masks)[index]
             if row["image"] is None or (with_label and row["label"] is None):
                 raise ValueError("the table holds no image or no mask for it")
             last_row = last_row if self.image_scale == 1 else None

@@ -32,7 +32,7 @@ FORMAT = 2
 IMAGES_PER_SHARD = 32
 FINE_CELL = 4
 FINE = ("probabilities", "fine_logits")
-"""Kinds over cells of FINE_CELL pixels; they come with `shown`."""
+"""Kinds over cells of FINE_CELL pixels; they come with `valid`."""
 OF_CELLS = ("logits", "features")
 """Kinds over cells of `[cache] cell` pixels."""
 OF_LABELED = ("labels", *FINE)
@@ -114,7 +114,7 @@ class CachedTargets:
 
         Returns:
             By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; probabilities and fine_logits `[K, p, p]`
-            float32, p = ceil(crop / 4), with `shown` `[crop, crop]` bool, False in padding; logits and features
+            float32, p = ceil(crop / 4), with `valid` `[crop, crop]` bool, False in padding; logits and features
             `[C, g, g]` float32, g = ceil(crop / cell). All but labels are means over what a part of the crop shows; in
             padding, of the nearest cell.
 
@@ -143,7 +143,7 @@ class CachedTargets:
                     if kind == "probabilities":
                         cells = cells / cells.sum(dim=0)  # many classes of 8 bits do not sum to 1
                     if kind in FINE:
-                        found[f"{teacher}/shown"] = shown(view, crop)
+                        found[f"{teacher}/valid"] = valid_pixels(view, crop)
                     found[f"{teacher}/{kind}"] = cells
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error}; delete it, and this mends it: {self.remedy}") from error
@@ -167,7 +167,7 @@ def _open(path: Path, manifest: str) -> tuple[safe_open, dict[str, int]]:
     return shard, header["checksums"]
 
 
-def shown(view: View, crop: int) -> Tensor:
+def valid_pixels(view: View, crop: int) -> Tensor:
     """Return `[crop, crop]` bool: where a crop shows its image; elsewhere is padding."""
     (x, y), (width, height) = view.offset, view.size
     found = torch.zeros(crop, crop, dtype=torch.bool)

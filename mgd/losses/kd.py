@@ -5,7 +5,7 @@ from torch.nn import functional
 
 
 def pixel_kl(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, shown: Tensor | None = None
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, valid: Tensor | None = None
 ) -> Tensor:
     """KL(teacher || student) of the class distributions, times T^2.
 
@@ -13,7 +13,7 @@ def pixel_kl(
         student_logits: `[B, K, H, W]`.
         teacher_logits: `[B, K, H, W]`; no gradient flows into it.
         temperature: T, divides the logits of both.
-        shown: `[B, H, W]` bool, pixels whose divergence counts, that of others being 0; left out, all.
+        valid: `[B, H, W]` bool, pixels whose divergence counts, that of others being 0; left out, all.
 
     Returns:
         Scalar: sum over classes, mean over pixels.
@@ -21,6 +21,6 @@ def pixel_kl(
     student = functional.log_softmax(student_logits / temperature, dim=1)
     teacher = functional.log_softmax(teacher_logits.detach() / temperature, dim=1)
     divergence = functional.kl_div(student, teacher, log_target=True, reduction="none").sum(dim=1)
-    if shown is not None:
-        divergence = divergence * shown
+    if valid is not None:
+        divergence = divergence * valid
     return divergence.mean() * temperature**2

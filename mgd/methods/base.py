@@ -169,7 +169,7 @@ class Method:
         return balance_processes(supervised.cross_entropies(logits, [label], IGNORE_INDEX, weights)[0], total)
 
 
-def look(teacher: nn.Module, views: Mapping[str, Tensor], wanted: Sequence[str]) -> dict:
+def teacher_outputs(teacher: nn.Module, views: Mapping[str, Tensor], wanted: Sequence[str]) -> dict:
     """Run a frozen teacher once over just the views that are wanted.
 
     Args:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from mgd.data.cutmix import mix
 from mgd.losses.kd import pixel_kl
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, look
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, teacher_outputs
 from mgd.registry import METHODS
 
 Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
@@ -29,19 +29,19 @@ class LogitSection(MethodSection):
     """Divides the logits of both."""
 
 
-class Said(NamedTuple):
+class TeacherLogits(NamedTuple):
     """What a teacher says of a batch of images."""
 
     logits: Tensor
     """`[B, K, H, W]`."""
-    shown: Tensor | None
+    valid: Tensor | None
     """`[B, H, W]` bool, where it saw them; None is everywhere."""
 
 
 class LogitDistillation(Method):
     """Supervised cross-entropy plus a loss between the logits of student and teachers.
 
-    `loss` takes the student's and a teacher's logits, the temperature and `Said.shown`.
+    `loss` takes the student's and a teacher's logits, the temperature and `TeacherLogits.valid`.
     """
 
     needs_teachers = True
@@ -74,28 +74,32 @@ class LogitDistillation(Method):
         seen = [self._online(name, views) if self.teachers else self._cached(name, batch) for name in names]
         for view in config.on:
             losses = [
-                type(self).loss(student[view], said[view].logits, config.temperature, said[view].shown) for said in seen
+                type(self).loss(student[view], said[view].logits, config.temperature, said[view].valid) for said in seen
             ]
             log[f"loss_{config.name}_{view}"] = sum(losses) / len(losses)
         distilled = sum(value for key, value in log.items() if key != "loss_supervised")
         return StepOutput(log["loss_supervised"] + config.weight * distilled, log)
 
-    def _online(self, name: str, views: Mapping[str, Tensor]) -> dict[str, Said]:
-        outputs = look(self.teachers[name], views, self.config.on)
-        return {view: Said(output.logits, None) for view, output in outputs.items()}
+    def _online(self, name: str, views: Mapping[str, Tensor]) -> dict[str, TeacherLogits]:
+        outputs = teacher_outputs(self.teachers[name], views, self.config.on)
+        return {view: TeacherLogits(output.logits, None) for view, output in outputs.items()}
 
-    def _cached(self, name: str, batch: Batch) -> dict[str, Said]:
+    def _cached(self, name: str, batch: Batch) -> dict[str, TeacherLogits]:
         """Put together what was cached of a teacher's view of the images; padding it has not seen."""
         mask, found = batch["mask"], {}
 
-        def said(key: str) -> Said:
+        def said(key: str) -> TeacherLogits:
             logits, size = batch[f"{key}/{name}/fine_logits"], mask.shape[-2:]
-            return Said(functional.interpolate(logits, size=size, mode="bilinear"), batch[f"{key}/{name}/shown"])
+            return TeacherLogits(
+                functional.interpolate(logits, size=size, mode="bilinear"), batch[f"{key}/{name}/valid"]
+            )
 
         if "labeled" in self.config.on:
             found["labeled"] = said("image")
         if "unlabeled" in self.config.on:
-            found["unlabeled"] = Said(*(mix(*both, mask) for both in zip(said("unlabeled"), said("mix"), strict=True)))
+            found["unlabeled"] = TeacherLogits(
+                *(mix(*both, mask) for both in zip(said("unlabeled"), said("mix"), strict=True))
+            )
         return found
 
 

@@ -22,8 +22,8 @@ from mgd.methods.base import (
     balance_processes,
     check_names,
     check_used,
-    look,
     num_processes,
+    teacher_outputs,
 )
 from mgd.registry import METHODS
 from mgd.sections import Section
@@ -77,7 +77,7 @@ class TermsSection(MethodSection):
     region: RegionTerm = RegionTerm()
 
 
-class Seen(NamedTuple):
+class TeacherTargets(NamedTuple):
     """What one teacher says of a batch, as far as its losses need it."""
 
     labeled: Tensor | None = None
@@ -115,7 +115,9 @@ class MultiGranularity(Method):
             raise UserError("pixel.class_balance does nothing without pixel.teachers; name some, or leave it out")
         return used
 
-    def student_loss(self, output: NamedTuple, label: Tensor, seen: Mapping[str, Seen], padded: bool) -> StepOutput:
+    def student_loss(
+        self, output: NamedTuple, label: Tensor, seen: Mapping[str, TeacherTargets], padded: bool
+    ) -> StepOutput:
         """Return the loss of the student and its terms.
 
         Args:
@@ -216,11 +218,11 @@ class MGD(MultiGranularity):
         student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
         return self.student_loss(student, batch["label"], seen, padded=not self.teachers)
 
-    def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> Seen:
+    def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> TeacherTargets:
         """Ask a teacher; of its outputs, which are large, only what the losses need outlives this."""
         config = self.config
         with torch.inference_mode():
-            outputs = look(self.teachers[name], views, self._wanted(name))
+            outputs = teacher_outputs(self.teachers[name], views, self._wanted(name))
             asked = [view for view in outputs if view != "mixed" and name in config.pixel.teachers]
             if config.pixel.labels == "soft":
                 said = {view: outputs[view].logits.softmax(dim=1) for view in asked}
@@ -233,7 +235,7 @@ class MGD(MultiGranularity):
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
             if name in config.region.teachers:
                 features = losses.pool_regions(_mixed(outputs, "features", mask), config.region.grid)
-        return Seen(labeled, unlabeled, logits, features)
+        return TeacherTargets(labeled, unlabeled, logits, features)
 
     def _wanted(self, name: str) -> list[str]:
         """The views of a step on which a teacher's terms need it."""
@@ -264,13 +266,13 @@ def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weight
     return balance_processes(means, torch.stack(totals)).sum()
 
 
-def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
+def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> TeacherTargets:
     """Put together what was cached of a teacher's view of the images."""
     found, mask = {}, batch["mask"]
     if "probabilities" in kinds:
         labeled, first, second = (
             functional.interpolate(batch[f"{view}/{name}/probabilities"], size=mask.shape[-2:], mode="bilinear")
-            * batch[f"{view}/{name}/shown"][:, None]
+            * batch[f"{view}/{name}/valid"][:, None]
             for view in ("image", "unlabeled", "mix")
         )
         found["labeled"], found["unlabeled"] = labeled, mix(first, second, mask)
@@ -280,7 +282,7 @@ def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> Seen:
     for kind in ("logits", "features"):
         if kind in kinds:
             found[kind] = _blend(batch[f"unlabeled/{name}/{kind}"], batch[f"mix/{name}/{kind}"], mask)
-    return Seen(**found)
+    return TeacherTargets(**found)
 
 
 def _mixed(outputs: Mapping[str, NamedTuple], what: str, mask: Tensor) -> Tensor:

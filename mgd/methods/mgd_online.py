@@ -10,7 +10,7 @@ from mgd.errors import UserError
 from mgd.losses import supervised
 from mgd.methods.base import Batch, StepOutput
 from mgd.methods.cps import pseudo_labels
-from mgd.methods.mgd import MultiGranularity, Seen, TermsSection
+from mgd.methods.mgd import MultiGranularity, TeacherTargets, TermsSection
 from mgd.registry import METHODS
 from mgd.sections import ModelSection, Networks
 
@@ -74,7 +74,9 @@ class MGDOnline(MultiGranularity):
             labeled, mixed = logits.chunk(2)
             loss_supervised = loss_supervised + self.labeled_loss(labeled, batch["label"])
             loss_cps = loss_cps + supervised.cross_entropy(mixed, found[(index + 1) % len(found)])
-            seen[name] = Seen(labeled.argmax(dim=1), found[index], mixed.detach(), features.chunk(2)[1].detach())
+            seen[name] = TeacherTargets(
+                labeled.argmax(dim=1), found[index], mixed.detach(), features.chunk(2)[1].detach()
+            )
         loss, log = self.student_loss(student(image), batch["label"], seen, padded=False)
         log |= {"loss_teachers_supervised": loss_supervised, "loss_teachers_cps": loss_cps}
         return StepOutput(loss + loss_supervised + self.config.cps_weight * loss_cps, log)

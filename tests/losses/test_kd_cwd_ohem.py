@@ -54,18 +54,18 @@ def test_channel_wise_restated():
 
 def test_what_is_not_shown_does_not_count():
     student, teacher = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
-    shown = torch.zeros(2, 3, 4, dtype=torch.bool)
-    shown[0, :2, 1:], shown[1] = True, True
+    valid = torch.zeros(2, 3, 4, dtype=torch.bool)
+    valid[0, :2, 1:], valid[1] = True, True
     for logits in (student, teacher):  # whatever stands there
-        logits[:] = logits.where(shown[:, None], 50.0 * torch.randn_like(logits))
+        logits[:] = logits.where(valid[:, None], 50.0 * torch.randn_like(logits))
     parts = [(student[0, :, :2, 1:], teacher[0, :, :2, 1:]), (student[1], teacher[1])]
     by_image = [[values[None] for values in part] for part in parts]
     wanted = sum(channel_wise(*part, 4.0) for part in by_image) / 2
-    assert channel_wise(student, teacher, 4.0, shown).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert channel_wise(student, teacher, 4.0, valid).item() == pytest.approx(wanted.item(), rel=1e-5)
     wanted = sum(pixel_kl(*part, 2.0) * part[0][0, 0].numel() for part in by_image) / 24
-    assert pixel_kl(student, teacher, 2.0, shown).item() == pytest.approx(wanted.item(), rel=1e-10)
+    assert pixel_kl(student, teacher, 2.0, valid).item() == pytest.approx(wanted.item(), rel=1e-10)
     student.requires_grad_()
-    (channel_wise(student, teacher, 4.0, shown) + pixel_kl(student, teacher, 2.0, shown)).backward()
+    (channel_wise(student, teacher, 4.0, valid) + pixel_kl(student, teacher, 2.0, valid)).backward()
     assert not student.grad[0, :, 2].any() and not student.grad[0, :, :, 0].any() and student.grad[0, :, :2, 1:].all()
 
 

@@ -16,7 +16,7 @@ RANK = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from mgd.methods.base import OHEM
-from mgd.methods.mgd import MGD, MGDConfig, PixelTerm, Seen
+from mgd.methods.mgd import MGD, MGDConfig, PixelTerm, TeacherTargets
 from mgd.methods.supervised import Supervised, SupervisedConfig
 from mgd.models.segmenter import SegOutput
 rank, file = int(sys.argv[1]), sys.argv[2]
@@ -48,7 +48,7 @@ for labels in ("hard", "soft"):
     method = MGD(MGDConfig(pixel=pixel), [], {"deep": torch.nn.Identity()})
     method.weigh_classes(torch.tensor([16, 8, 4, 2, 1]))
     output = SegOutput(torch.cat([mine, mine]), torch.cat([mine, mine]))
-    seen = {"deep": Seen(unlabeled=batch[labels][rank :: 2])}
+    seen = {"deep": TeacherTargets(unlabeled=batch[labels][rank :: 2])}
     ignored = torch.full_like(label[rank :: 2], 255)
     save_mean(labels, method.student_loss(output, ignored, seen, padded=False).loss, mine)
 torch.distributed.destroy_process_group()
