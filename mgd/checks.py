@@ -189,10 +189,13 @@ def _check_images(
         if pixels[what][:255].sum() == 0:
             raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
     if np.count_nonzero(pixels["labelled"][:255]) < 2:
-        raise UserError("[data] the labelled masks show a single class (255 is ignored: is a class painted 255?)")
+        raise UserError(
+            "[data] the labelled masks show a single class (255 is ignored: of masks of 0 and 255, data.colors = "
+            "[[0, 0, 0], [255, 255, 255]] says that both are classes)"
+        )
     unseen = [name for index, name in enumerate(splits.classes) if pixels["labelled"][index] == 0]
     if unseen:
-        hint = " (255 is ignored: is it painted 255?)" if pixels["labelled"][255] else ""
+        hint = " (255 is ignored: is it painted 255? then give data.colors)" if pixels["labelled"][255] else ""
         accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
     if len(splits.val) - len(problems["validation"]) < 20:
         count = len(splits.val) - len(problems["validation"])

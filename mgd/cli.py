@@ -1,6 +1,7 @@
 """What the stages share around their `main`: flags, the accelerator, errors as one line."""
 
 import argparse
+import errno
 import io
 import logging
 import multiprocessing
@@ -129,6 +130,9 @@ def result_row(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # asking whether a path is there may raise
+
+
 def run(main: Callable[[], None]) -> None:
     """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2 (75: another process is at it).
 
@@ -149,6 +153,10 @@ def run(main: Callable[[], None]) -> None:
         # A data worker hands its exception over with its traceback as text before the message.
         message = str(error).rpartition("UserError: ")[2] if str(error).startswith("Caught ") else str(error)
         sys.exit(_fail(message.strip(), Busy.STATUS if isinstance(error, Busy) else 2))
+    except OSError as error:
+        if error.filename is None or error.errno not in _NO_WAY_IN:
+            raise
+        sys.exit(_fail(f"{error.filename}: {error.strerror}; name another place, or open this one to your user"))
     except Stopped as stop:
         sys.exit(_fail(f"stopped by {signal.Signals(stop.number).name}; {stop}", status=128 + stop.number))
     finally:

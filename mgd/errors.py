@@ -85,6 +85,10 @@ def _pydantic_line(model: type[BaseModel], detail: Mapping[str, Any], where: str
         return f"[{section}]{key or ' ' + location[-1]}: missing"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message.replace("valid tuple", "list").replace("valid dictionary", "table")
+    message = message.replace("Tuple should have", "a list of").replace(" after validation", "")
+    if detail["type"] == "string_pattern_mismatch":
+        seeded = ", and {seed}" if "seed" in detail["ctx"]["pattern"] else ""
+        message = f"may hold letters, digits, '.', '_' and '-'{seeded}, and begins with a letter or a digit"
     if detail["type"] == "literal_error":
         choices = detail["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         message = f"is not a choice; {did_you_mean(detail['input'], choices)}"

@@ -22,7 +22,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     path = path.resolve()  # through a link, to what it points to
     if path.exists() and not path.is_file():
         raise UserError(f"{path} cannot be written: it is not a regular file")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name[:40]}.{os.getpid()}")  # a long name may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)

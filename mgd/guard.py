@@ -141,10 +141,12 @@ class Guard:
                 buffer.copy_(kept)
             self.accelerator.print(f"note: {what}; the step is skipped, {self.skipped} so far", flush=True)
             return
+        resumable = (self.folder.parent / "checkpoint").exists()
+        kept = "; the last resume point is kept (--restart: anew)" if resumable else ""
         again = f", {self._in_a_row} times in a row" if self.action == "skip" else ""
         raise UserError(
             f"{what}{again}; images {', '.join(ids)}; batch and weights are in {self.folder}; lower [optim] lr or the "
-            'weight of that term, or set [optim] nonfinite = "skip"; the last resume point is kept (--restart: anew)'
+            f'weight of that term, or set [optim] nonfinite = "skip"{kept}'
         )
 
     def _write(self, step: int, names: list[str], batch: Mapping[str, Any]) -> None:

@@ -46,6 +46,8 @@ def open_run(folder: Path) -> FinishedRun:
     """
     if not (folder / "recipe.toml").is_file():
         raise UserError(f"{folder}: no recipe.toml there; give the folder of a run, such as runs/quickstart-s0")
+    if (folder / "config.json").is_file():
+        raise UserError(f"{folder}: the folder of a model; give that of its run, {folder.resolve().parent}")
     if missing := [name for name in _FILES if not (folder / name).is_file()]:
         raise UserError(
             f"{folder}: a run that is not finished (it lacks {missing[0]}); the command that began it goes on with it"

@@ -2,6 +2,7 @@
 
 import glob
 import io
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -116,6 +117,32 @@ def colorize(label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.nd
     return table[label]
 
 
+def pictures_below(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted; what is hidden is left out, links are followed.
+
+    Unlike `Path.rglob` it does not pass over what it may not read.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
+
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        pictures = (Path(place, name) for name in names if not name.startswith("."))
+        found += [
+            path for path in pictures if path.suffix.lower() in SUFFIXES and (path.is_file() or path.is_symlink())
+        ]
+    return sorted(found)
+
+
 def list_pictures(source: str | Path) -> list[Path]:
     """Return image files, sorted.
 
@@ -123,7 +150,7 @@ def list_pictures(source: str | Path) -> list[Path]:
         source: one file, a folder (with those below it), or a glob pattern ("shots/*.jpg").
 
     Raises:
-        UserError: none there.
+        UserError: none there, or a folder cannot be read.
     """
     if not str(source):
         raise UserError("no image is named; give a file, a folder or a pattern")
@@ -131,10 +158,10 @@ def list_pictures(source: str | Path) -> list[Path]:
     if place.is_file():
         return [place]
     if place.is_dir():
-        found = [path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES]
+        files = pictures_below(place)
     else:
         found = [Path(path) for path in glob.glob(str(source), recursive=True)]
-    files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+        files = sorted(path for path in found if path.is_file() and not path.name.startswith("."))
     if not files:
         raise UserError(f"{source}: no image there; give a file, a folder or a pattern ({', '.join(SUFFIXES)})")
     return files

@@ -47,13 +47,12 @@ def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, in
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
 
 
-def check_predictions(folder: Path, model: Path, images: str, below: Sequence[str] = ("",)) -> None:
+def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str] = ("",)) -> None:
     """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
 
     Args:
         folder: where predictions shall go.
-        model: folder of the network that shall make them.
-        images: a word for what is predicted, such as the split: images of two kinds may have the same names.
+        mark: what they are of, as `mark_predictions` writes it.
         below: folders in it that will hold them.
 
     Raises:
@@ -62,30 +61,26 @@ def check_predictions(folder: Path, model: Path, images: str, below: Sequence[st
     """
     try:
         found = read_json(folder / PREDICTIONS, ("model", "files"))
-        ours = found.keys() <= {"model", "files", "images"}
+        ours = found.keys() <= {*mark, "files"}
     except UserError:
         ours = False
-    if ours and found["model"] != str(model.resolve()):  # they could not be told apart
-        raise UserError(
-            f"{folder} holds predictions of {found['model']}; name another folder for those of {model}, or delete it"
-        )
-    if ours and found.get("images") != images:
-        raise UserError(f"{folder} holds predictions of other images than these ({images}); name another, or delete it")
+    if ours and (other := [key for key in mark if found.get(key) != mark[key]]):  # they could not be told apart
+        what = {"weights": "earlier weights of this model"}.get(other[0], f"other {other[0]}: {found.get(other[0])}")
+        raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
     for place in [] if ours else [folder / name for name in below]:
         if place.is_dir() and any(place.iterdir()):
             raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
 
 
-def mark_predictions(folder: Path, model: Path, images: str, files: int) -> None:
+def mark_predictions(folder: Path, mark: Mapping[str, str], files: int) -> None:
     """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
 
     Args:
         folder: of the predictions.
-        model: folder of the network that makes them.
-        images: see `check_predictions`.
+        mark: what they are of: `model`, its folder; `weights`, their fingerprint; `images`, the split or the place.
         files: images that are to be predicted.
     """
-    write_json(folder / PREDICTIONS, {"model": str(model.resolve()), "images": images, "files": files})
+    write_json(folder / PREDICTIONS, {**mark, "files": files})
 
 
 def save_prediction(

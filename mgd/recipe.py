@@ -141,7 +141,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}{_similar_files(path)}") from error
+        similar = _similar_files(path) if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}{similar}") from error
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a NUL in the path, a huge integer
         raise UserError(f"{path}: not valid TOML: {error}") from error
     overrides = tuple(map(tidy, overrides))

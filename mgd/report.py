@@ -123,9 +123,13 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     """
     cells: dict[str, Cell] = {}
     left_out, costs = [], {}
-    for folder in _run_folders(sources):
+    folders, shut = _run_folders(sources)
+    left_out += [f"{folder}: it may not be read" for folder in shut]
+    for folder in folders:
         if not (folder / "metrics.json").exists():
-            left_out.append(f"{folder}: not finished")
+            is_model = (folder / "config.json").exists()
+            why = "the folder of a model; name that of its run" if is_model else "not finished"
+            left_out.append(f"{folder}: {why}")
             continue
         try:
             recipe = load(folder / "recipe.toml")
@@ -304,21 +308,26 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _run_folders(sources: Iterable[str | Path]) -> list[Path]:
-    folders = []
+def _run_folders(sources: Iterable[str | Path]) -> tuple[list[Path], list[Path]]:
+    """Return the folders of runs, and those that may not be read."""
+    folders, shut = [], []
     for source in map(Path, sources):
         if not source.is_dir():
             raise UserError(f"{source}: no such folder; give run folders, or a folder that holds runs")
-        folders += _runs_below(source, depth=2)
-    return list(dict.fromkeys(folders))
+        folders += _runs_below(source, 2, shut)
+    return list(dict.fromkeys(folders)), shut
 
 
-def _runs_below(folder: Path, depth: int) -> list[Path]:
-    if (folder / "recipe.toml").exists():
-        return [folder]
-    # Hidden: what `--restart` was deleting when it was killed.
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [run for path in inside if depth for run in _runs_below(path, depth - 1)]
+def _runs_below(folder: Path, depth: int, shut: list[Path]) -> list[Path]:
+    try:
+        if (folder / "recipe.toml").exists():
+            return [folder]
+        # Hidden: what `--restart` was deleting when it was killed.
+        inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except PermissionError:
+        shut.append(folder)
+        return []
+    return [run for path in inside if depth for run in _runs_below(path, depth - 1, shut)]
 
 
 def _of_one_run(key: str) -> bool:

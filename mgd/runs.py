@@ -242,6 +242,7 @@ def _shaping(tables: Mapping) -> dict[str, Any]:
     with contextlib.suppress(UserError):  # a data set of a package that is not here: its root counts
         if DATASETS.get(str(flat.get("data.name"))).same_everywhere:
             free = FREE_KEYS | {"data.root"}
+    flat |= {key: os.path.abspath(flat[key]) for key in ("data.root", "data.val_root") if key in flat}
     return {key: value for key, value in flat.items() if key not in free}
 
 

@@ -23,7 +23,7 @@ from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.partitions import draw  # noqa: E402
 from mgd.errors import UserError, some  # noqa: E402
 from mgd.files import write_text  # noqa: E402
-from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
 from mgd.plots import save_contact_sheet  # noqa: E402
 from mgd.pool import descriptions, disagreements, untrained  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
@@ -55,8 +55,6 @@ def main() -> None:
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
     output = Path(args.output)
-    if len({Path(name).resolve() for name in args.model}) < len(args.model):
-        raise UserError(f"--model {args.model[0]} twice: a model does not disagree with itself")
     if len(args.model) not in MODELS[args.strategy]:
         fitting = " or ".join(map(str, MODELS[args.strategy]))
         raise UserError(f"--strategy {args.strategy} takes {fitting} --model, not {len(args.model)}")
@@ -64,6 +62,9 @@ def main() -> None:
         raise UserError(f"{output / 'labeled.txt'} is there: an earlier choice; name another --output, or delete it")
     if output.is_dir() and any(output.iterdir()):
         raise UserError(f"{output} holds other files; name another, or an empty, --output")
+
+    if any(output.resolve().is_relative_to(place) for place in _places(recipe)):
+        raise UserError(f"{output} lies among the images of [data], its pictures would be some; name another --output")
 
     accelerator = cli.start(recipe)
     found = usable_images(find_candidates(recipe.data, recipe.partition), accelerator)
@@ -75,9 +76,13 @@ def main() -> None:
             f"--budget {args.budget}: {len(images)} images can be chosen from; give at most {len(images) - 1}, so that "
             "one stays unlabelled"
         )
+    if found.masks and recipe.data.val_root is None and len(found.painted) + budget < 2:
+        raise UserError(f"--budget {args.budget}: a run needs two masks, one to learn from and one to evaluate; give 2")
     networks = [load_segmenter(name).eval().to(accelerator.device) for name in args.model]
     for name, network in zip(args.model, networks, strict=True):
         check_classes(recipe.data.class_names(), network, name)
+    if len(networks) > 1 and len(set(map(fingerprint, networks))) == 1:
+        raise UserError(f"--model {' '.join(args.model)}: the same weights twice do not disagree; name another run")
     if args.strategy == "random":
         if recipe.partition.balanced:
             accelerator.print("note: [partition] balanced looks at masks, which are not there yet; this draw does not")
@@ -100,9 +105,18 @@ def main() -> None:
         print(_advice(recipe, output, found, len(lists[2]), picked))
 
 
+def _places(recipe: Recipe) -> list[Path]:
+    """Return the folders whose pictures are those of the data."""
+    roots = [root for key in ("root", "val_root") if (root := getattr(recipe.data, key, None))]
+    return [(Path(root) / part).resolve() for root in roots for part in ("images", "masks", "unlabeled")]
+
+
 def _amount(text: str) -> int | float | str:
     try:
         value = text if "/" in text else float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count, share or fraction: 50, 0.05 or 1/16") from error
+    try:
         labeled_amount(value, pool=1)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error

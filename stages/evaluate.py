@@ -21,10 +21,13 @@ from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
-from mgd.models.segmenter import load_segmenter  # noqa: E402
+from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 from mgd.unseen import keep_unlabeled, unseen_masks  # noqa: E402
+
+_MATTERS = ("data.", "eval.", "partition.", "run.")
+"""What of a recipe an evaluation reads."""
 
 
 def main() -> None:
@@ -52,12 +55,16 @@ def main() -> None:
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():
         raise UserError(f"{folder} has no recipe.toml; name the data with --recipe")
+    if odd := [text for text in args.set if not text.startswith(_MATTERS)]:
+        raise UserError(f"--set {odd[0]}: of a trained model only {', '.join(f'{key}*' for key in _MATTERS)} matter")
     recipe = load(source, args.set)
     split = getattr(recipe.data, "val_split", "val") if args.split == "val" else args.split
-    if args.save_predictions:
-        check_predictions(Path(args.save_predictions), folder, split)
     accelerator = cli.start(recipe)
-    network = load_segmenter(folder).to(accelerator.device)
+    network = load_segmenter(folder)
+    mark = {"model": str(folder.resolve()), "weights": fingerprint(network), "images": split}
+    if args.save_predictions:
+        check_predictions(Path(args.save_predictions), mark)
+    network.to(accelerator.device)
     splits = load_splits(recipe.data)
     check_classes(splits.classes, network, args.model)
     what, chosen = "validation", splits.val
@@ -67,7 +74,7 @@ def main() -> None:
     images = Images(chosen, splits.decoder, recipe.data.image_scale)
     keep = None
     if args.save_predictions:
-        mark_predictions(Path(args.save_predictions), folder, split, len(images))
+        mark_predictions(Path(args.save_predictions), mark, len(images))
         keep = functools.partial(save_prediction, Path(args.save_predictions), splits.colors, splits.decoder.encode)
     result = evaluate_network(network, images, recipe, accelerator, keep)
 

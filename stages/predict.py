@@ -29,7 +29,7 @@ from mgd.errors import UserError, one_line  # noqa: E402
 from mgd.files import write_aside  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
-from mgd.models.segmenter import enlarge, load_segmenter  # noqa: E402
+from mgd.models.segmenter import enlarge, fingerprint, load_segmenter  # noqa: E402
 from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, overlay, save_prediction  # noqa: E402
 from mgd.recipe import load, parse_eval  # noqa: E402
@@ -56,7 +56,8 @@ def main() -> None:
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
     output = Path(args.output)
-    check_predictions(output, folder, "photos", KINDS)
+    mark = {"model": str(folder.resolve()), "weights": fingerprint(model), "images": str(Path(args.input).resolve())}
+    check_predictions(output, mark, KINDS)
     ours = [(output / kind).resolve() for kind in KINDS]
     files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
     if not files:
@@ -78,7 +79,7 @@ def main() -> None:
                 continue
             scores = enlarge(scores, group[0][1].size[::-1])
             if not done:
-                mark_predictions(output, folder, "photos", len(files))
+                mark_predictions(output, mark, len(files))
             for (name, picture), one in zip(group, scores, strict=True):
                 _save(output, name, np.asarray(picture), one, model.colors, args.save)
             done += len(group)

@@ -16,6 +16,7 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
+from mgd.checks import usable  # noqa: E402
 from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
@@ -104,15 +105,17 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     chosen = [cell for cell in members if cell.partition == max(partitions, key=partitions.count)]
     chosen = sorted(chosen, key=lambda cell: cell.runs[0].metrics["miou"])[-MAX_COLUMNS:]
     first = chosen[0].recipe
-    device = cli.start(first).device
+    accelerator = cli.start(first)
     splits = load_splits(first.data)
-    images = Images(splits.val, splits.decoder, first.data.image_scale)
+    val = usable(splits.val, splits.decoder, first.data, "validation", accelerator)
+    images = Images(val, splits.decoder, first.data.image_scale)
     indices = evenly(len(images), samples)
     pictures: list[tuple] = []
     titles = ["image", "truth"]
     for cell in chosen:
         path, _, metrics = cell.runs[0]
-        found = predict_samples(load_segmenter(path).to(device), images, indices, cell.recipe, device)
+        network = load_segmenter(path).to(accelerator.device)
+        found = predict_samples(network, images, indices, cell.recipe, accelerator.device)
         pictures = pictures or [(image, label) for image, label, _ in found]
         pictures = [(*row, prediction) for row, (_, _, prediction) in zip(pictures, found, strict=True)]
         titles.append(f"{cell.recipe.method.name}\n{cell.recipe.student.backbone}\nmIoU {metrics['miou']:.2f}")

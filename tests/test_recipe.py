@@ -53,7 +53,9 @@ def test_a_recipe_of_cached_teachers_can_have_them_online(tmp_path):
         ("partition.labeled=1/0", "[partition]: '1/0' is no fraction"),
         ("partition.labeled=0", "[partition]: 0 is no count"),
         ("partition.labeled=1.5", "[partition]: 1.5 is no share"),
-        ("run.name=../../etc", '[run] name = "../../etc": '),
+        ("run.name=../../etc", '[run] name = "../../etc": may hold letters, digits'),
+        ("run.name=x{sed}", "[run] name = \"x{sed}\": may hold letters, digits, '.', '_' and '-', and {seed}"),
+        ("run.output=", '[run] output = "": '),
         ("method.name=mgd", "[method] name = 'mgd' needs at least one [teachers.<name>]"),
         ("teachers.deep=3", "[teachers.deep]: must be a table"),
         ("student=3", "--set student=3: expected section.key=value"),
@@ -100,7 +102,7 @@ def test_mgd_terms_must_name_the_teachers(write_recipe):
         load(path, ['method.image.teachers=["deap"]'])
     with pytest.raises(UserError, match="pixel.teachers names 'deep' twice"):
         load(path, ['method.pixel.teachers=["deep", "deep"]'])
-    with pytest.raises(UserError, match=r"\[method.pixel\] on = \[\]: Tuple should have at least 1 item"):
+    with pytest.raises(UserError, match=r"\[method.pixel\] on = \[\]: a list of at least 1 item"):
         load(path, ["method.pixel.on=[]"])
     with pytest.raises(UserError, match="nothing uses the teacher 'wide'"):
         load(path, ["teachers.wide.recipe=y"])
@@ -168,7 +170,12 @@ def test_recipes_are_checked_by_command(write_recipe, tmp_path, capsys):
         with pytest.raises(SystemExit) as done:
             main([str(argument) for argument in arguments])
         assert done.value.code == status
+    with pytest.raises(SystemExit):  # what the run itself would be refused for
+        main([str(ROOT / "recipes" / "quickstart.toml"), "--set", "run.name=quickstart_deep-s0"])
     out, err = capsys.readouterr()
     assert out.count("good.toml: ok") == 2
-    for wanted in ("bad.toml: [optim] lr", "nowhere.toml: cannot be read", "step: unknown key", "name a recipe"):
+    for wanted in (
+        "would share the folder",
+        *("bad.toml: [optim] lr", "nowhere.toml: cannot be read", "step: unknown key", "name a recipe"),
+    ):
         assert wanted in err

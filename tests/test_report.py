@@ -315,3 +315,24 @@ def test_no_result_hides_another(fake_run, tmp_path):
     shown = [value for rows in (table, *more) for row in rows for value in row.values()]
     assert {"40.00 (n=1)", "50.00 (n=1)", "60.00 (n=1)"} <= set(shown)
     assert "net8" not in shown
+
+
+def test_pictures_of_images_that_can_be_read_and_folders_that_hold_no_run(write_recipe, tmp_path, run_here):
+    root = tmp_path / "mine"
+    for part, names in (("", "abcd"), ("val", "xyz")):
+        for kind in ("images", "masks"):
+            (root / part / kind).mkdir(parents=True, exist_ok=True)
+        for index, name in enumerate(names):
+            PIL.Image.new("RGB", (40, 40), (60 * index, 0, 0)).save(root / part / "images" / f"{name}.png")
+            PIL.Image.new("L", (40, 40), index % 2).save(root / part / "masks" / f"{name}.png")
+    (root / "val" / "images" / "x.png").write_bytes(b"\x89PNG cut short")
+    path = write_recipe()
+    data = {"name": "folder", "root": str(root), "val_root": str(root / "val"), "classes": ["a", "b"], "crop": 32}
+    data |= {"workers": 0, "on_error": "skip"}
+    path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {"data": data}))
+    recipe = load(path)
+    run_recipe(recipe, Accelerator())
+    done = run_here("report.py", recipe.run_dir, recipe.run_dir / "model", "--output", tmp_path / "out")
+    assert done.returncode == 0 and (tmp_path / "out" / "samples_0.png").exists(), done.stdout + done.stderr
+    assert "1 image(s) skipped by [data] on_error" in done.stdout
+    assert f"{recipe.run_dir / 'model'}: the folder of a model; name that of its run" in done.stdout

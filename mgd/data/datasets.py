@@ -7,7 +7,6 @@ A reader is the model of its own `[data]` section with the methods `load` and `c
 import dataclasses
 import hashlib
 import io
-import os
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import Field
 from mgd.data import shapes
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
-from mgd.pictures import SUFFIXES
+from mgd.pictures import SUFFIXES, pictures_below
 from mgd.registry import DATASETS
 from mgd.sections import DataSection
 
@@ -219,6 +218,9 @@ class Folder(DataSection):
             f"colors has {len(self.colors)} entries, classes {len(self.classes)}; one colour a class": self.colors
             and len(self.colors) != len(self.classes),
             "classes: a name comes twice": len(set(self.classes)) < len(self.classes),
+            "classes: a name is empty, or not one line": any(
+                not name.strip() or len(name.splitlines()) > 1 for name in self.classes
+            ),
             "colors, ignore_color: a colour comes twice": len(set(used)) < len(used),
             "ignore_color is for colour-coded masks; give colors too": self.ignore_color and not self.colors,
             "val_root is root: the score would be on the training images": self.val_root is not None
@@ -281,10 +283,8 @@ def existing_folder(path: str | Path, what: str) -> Path:
 def by_stem(folder: Path) -> dict[str, Path]:
     """Map relative path without suffix -> file, for the image files below a folder."""
     found: dict[str, Path] = {}
-    for path in _files(folder):
+    for path in pictures_below(folder):
         place = path.relative_to(folder)
-        if path.suffix.lower() not in SUFFIXES or any(part.startswith(".") for part in place.parts):
-            continue
         try:
             place.as_posix().encode()
         except UnicodeEncodeError as error:
@@ -294,22 +294,6 @@ def by_stem(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder}: {found[stem].name} and {path.name} share a stem; rename one")
         found[stem] = path
     return found
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files below a folder; unlike `Path.rglob`, it does not pass over what it may not read."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be read: {error.strerror}")
-
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(place) in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(place))
-        found += [path for name in names if (path := Path(place, name)).is_file() or path.is_symlink()]
-    return sorted(found)
 
 
 def _png(array) -> bytes:

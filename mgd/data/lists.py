@@ -1,5 +1,6 @@
 """The public labelled / unlabelled lists of VOC and Cityscapes, and lists of one's own."""
 
+import functools
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -104,15 +105,25 @@ def _lines(text: str) -> list[str]:
     return [entry for line in text.splitlines() if (entry := line.split("\t")[0].strip())]
 
 
-def match(entries: list[str], known: Collection[str], what: str) -> list[str]:
+def match(entries: list[str], known: Collection[str], what: str, held_out: Collection[str] = ()) -> list[str]:
     """Turn the entries of a list into ids of the data: as they stand, or by the longest end of a path.
 
+    Args:
+        entries: of the list.
+        known: ids of the training images.
+        what: names the list in messages.
+        held_out: ids of the validation images.
+
     Raises:
-        UserError: entries that no image answers to, or that come twice, with the first ones.
+        UserError: entries that no training image answers to, or that come twice, with the first ones.
     """
     known = set(known)
     ids = [_id_of(entry, known) for entry in entries]
     lost = [entry for entry, name in zip(entries, ids, strict=True) if name not in known]
+    if kept := [name for name in map(functools.partial(_id_of, known=set(held_out)), lost) if name in held_out]:
+        raise UserError(
+            f"{what}: {len(kept)} of {len(ids)} entries are validation images: {some(kept)}; take them off the list"
+        )
     if lost:
         raise UserError(f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {some(lost)}")
     if len(set(ids)) < len(ids):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,7 @@ def split(
     presence: Mapping[str, np.ndarray] | None = None,
     data_name: str = "",
     pool: Sequence[str] = (),
+    held_out: Collection[str] = (),
 ) -> Split:
     """Divide the training images, by lists or by a draw.
 
@@ -117,6 +118,7 @@ def split(
         presence: id -> `[K]` bool, the classes an image shows; needed for a balanced choice.
         data_name: the data set, which chooses among the public lists.
         pool: those of `without_mask` that are unlabelled whatever the lists say.
+        held_out: ids of the images to evaluate on, which no list may name.
 
     Raises:
         UserError: more labels wanted than there are masks, no masks at all, or lists that do not
@@ -125,7 +127,7 @@ def split(
     if not with_mask:
         raise UserError("no training image has a mask; a run needs at least one labelled image")
     if section.protocol != "random":
-        listed = _by_lists(section, with_mask, without_mask, data_name)
+        listed = _by_lists(section, with_mask, without_mask, data_name, held_out)
         return dataclasses.replace(listed, unlabeled=tuple(sorted({*listed.unlabeled, *pool})))
     wanted = labeled_amount(section.labeled, len(with_mask))
     if wanted > len(with_mask):
@@ -143,17 +145,23 @@ def draw(names: Iterable[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
-def _by_lists(section: Partition, with_mask: Sequence[str], without_mask: Sequence[str], data_name: str) -> Split:
+def _by_lists(
+    section: Partition,
+    with_mask: Sequence[str],
+    without_mask: Sequence[str],
+    data_name: str,
+    held_out: Collection[str],
+) -> Split:
     lists = own_lists(section) if section.protocol == "files" else public_lists(section, data_name)
     where = section.labeled_list or f"the {section.protocol} list {section.labeled}"
     everything = {*with_mask, *without_mask}
-    labeled = match(lists[0], everything, f"{where} (labelled)")
+    labeled = match(lists[0], everything, f"{where} (labelled)", held_out)
     if bare := sorted(set(labeled) - set(with_mask)):
         raise UserError(
             f"{where} (labelled): {len(bare)} of {len(labeled)} images have no mask: {some(bare)}; give them "
             "one, or take them off the list"
         )
-    unlabeled = match(lists[1], everything, f"{section.unlabeled_list or where} (unlabelled)")
+    unlabeled = match(lists[1], everything, f"{section.unlabeled_list or where} (unlabelled)", held_out)
     both = sorted(set(labeled) & set(unlabeled))
     if both and section.protocol == "files":
         raise UserError(f"{where}: {both[0]} stands in both lists")

@@ -63,7 +63,7 @@ def split_data(section: DataSection, partition: Partition, seed: int) -> Split:
     splits = load_splits(section)
     presence = _presence(without_augmentation(section)) if partition.balanced else None
     labeled, unlabeled = list(splits.labeled["id"]), list(splits.unlabeled["id"])
-    return split(partition, labeled, unlabeled, seed, presence, section.name, splits.pool)
+    return split(partition, labeled, unlabeled, seed, presence, section.name, splits.pool, splits.val["id"][:])
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mgd.data.partitions import split
+from mgd.data.partitions import read_manifest, split
 from mgd.errors import UserError
 from mgd.sections import Partition
 
@@ -46,6 +46,28 @@ def test_manifest_states_both_counts():
     manifest = split(section, IDS, [], seed=0).manifest(section, 0)
     assert (manifest["num_labeled"], manifest["num_unlabeled"]) == (25, 75)
     assert len(manifest["labeled"]) == 25 and manifest["labeled_wanted"] == "1/4"
+
+
+def test_lists_that_name_validation_images(tmp_path):
+    (tmp_path / "labeled.txt").write_text("images/val-1.png\nimage-001\n")
+    (tmp_path / "unlabeled.txt").write_text("image-002\n")
+    section = Partition(
+        protocol="files", labeled_list=str(tmp_path / "labeled.txt"), unlabeled_list=str(tmp_path / "unlabeled.txt")
+    )
+    with pytest.raises(UserError, match=r"1 of 2 entries are validation images: val-1; take them off the list"):
+        split(section, IDS, [], seed=0, held_out=["val-0", "val-1"])
+    with pytest.raises(UserError, match="1 of 2 entries are no training image"):
+        split(section, IDS, [], seed=0)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"labeled": 5, "unlabeled": []}', '{"labeled": [["a"]], "unlabeled": []}', '{"labeled": []}', "[]"]
+)
+def test_a_damaged_manifest_is_one_line(tmp_path, text):
+    path = tmp_path / "partition.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"partition.json is damaged: .*delete it, or start over with --restart"):
+        read_manifest(path)
 
 
 def test_a_balanced_choice_is_refused_where_lists_choose():

@@ -256,13 +256,24 @@ def test_bad_input_is_one_line(write_recipe, photos, choose, tmp_path):
         (("12",), "--budget 12: 12 images can be chosen from; give at most 11"),
         (("1.0",), "--budget 1.0: 12 images can be chosen from; give at most 11"),
         (("4", "--strategy", "disagreement"), "--strategy disagreement takes 2 --model, not 0"),
-        (("4", "--strategy", "disagreement", "--model", "x", "x"), "--model x twice"),
         (("4", "--strategy", "random", "--model", "x"), "--strategy random takes 0 --model, not 1"),
         (("4", "--model", tmp_path), "expected a run, a model folder or a hub id"),
         (("0",), "0 is no count of images"),
         (("1/0",), "no fraction"),
-        (("many",), "invalid literal"),
+        (("many",), "'many' is no count, share or fraction: 50, 0.05 or 1/16"),
     ):
         status, _, error = choose(recipe, "out", *arguments)
         assert status == 2 and message in error and "Traceback" not in error, error
-    assert not (tmp_path / "out").exists()
+    section = load(recipe).student
+    classes = load(recipe).data.class_names()
+    build_segmenter(section, classes, [(0, 0, 0)] * len(classes), seed=0).save(tmp_path / "model")
+    status, _, error = choose(
+        recipe, "out", "4", "--model", tmp_path / "model", tmp_path / "model", strategy="disagreement"
+    )
+    assert status == 2 and "the same weights twice do not disagree" in error
+    root, write = photos
+    status, _, error = choose(write(), "out", "1", strategy="random")
+    assert status == 2 and "--budget 1: a run needs two masks, one to learn from and one to evaluate" in error
+    status, _, error = choose(write(), root / "unlabeled" / "out", "4", strategy="random")
+    assert status == 2 and "lies among the images of [data]" in error
+    assert not (tmp_path / "out").exists() and not (root / "unlabeled" / "out").exists()

@@ -151,5 +151,37 @@ def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
     assert sorted(path.name for path in (inside / "masks").rglob("*")) == ["a.png"]
     other = shutil.copytree(model, tmp_path / "other")
     status, _, error = call_stage(capsys, "predict.py", "--model", other, *arguments[2:], inside)
-    assert status == 2 and f"{inside} holds predictions of {model}; name another folder for those of {other}" in error
+    assert status == 2 and f"{inside} holds predictions of other model: {model}; name another folder" in error
+    status, _, error = call_stage(capsys, "predict.py", *arguments[:2], "--input", data / "masks", "--output", inside)
+    assert status == 2 and f"holds predictions of other images: {data / 'images'}; name another folder" in error
     assert call_stage(capsys, "predict.py", "--model", f"{model}/", *arguments[2:], inside)[0] == 0
+    network = load_segmenter(model)
+    with torch.no_grad():
+        network.head.classifier.bias += 1
+    network.save(model)
+    status, _, error = call_stage(capsys, "predict.py", *arguments, inside)
+    assert status == 2 and f"{inside} holds predictions of earlier weights of this model" in error
+
+
+def test_links_are_followed_hidden_folders_are_not_and_names_may_be_long(tmp_path, model, capsys):
+    source, elsewhere, long = tmp_path / "in", tmp_path / "elsewhere", "n" * 246
+    for folder in (source / ".thumbs", elsewhere):
+        folder.mkdir(parents=True)
+    for path in (source / f"{long}.png", source / ".thumbs" / "small.png", elsewhere / "far.png"):
+        PIL.Image.new("RGB", (40, 40), "red").save(path)
+    (source / "link").symlink_to(elsewhere)
+    status, said, error = call_stage(
+        capsys, "predict.py", "--model", model, "--input", source, "--output", tmp_path / "out", "--save", "masks"
+    )
+    assert status == 0 and "masks of 2 images" in said, error
+    found = {path.relative_to(tmp_path / "out" / "masks").as_posix() for path in tmp_path.glob("out/masks/**/*.png")}
+    assert found == {f"{long}.png", "link/far.png"}
+
+
+@pytest.mark.parametrize("flag", ["--model", "--input", "--output"])
+def test_a_path_that_cannot_be_looked_at_is_one_line(tmp_path, model, run_here, flag):
+    PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    flags = {"--model": model, "--input": tmp_path / "a.png", "--output": tmp_path / "out"} | {flag: "x" * 300}
+    done = run_here("predict.py", *[part for pair in flags.items() for part in pair])
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert "File name too long" in done.stderr
