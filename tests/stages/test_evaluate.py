@@ -92,7 +92,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     assert scored.returncode == 0, scored.stderr
     assert "2 unlabelled training images" in scored.stdout
     of_val = run_here("evaluate.py", "--model", run / "model", "--save-predictions", tmp_path / "out")
-    assert of_val.returncode == 2 and "predictions of other images than these (val)" in of_val.stderr
+    assert of_val.returncode == 2 and "holds predictions of other images: unlabeled" in of_val.stderr
     labeled = json.loads((run / "partition.json").read_text())["labeled"]
     sizes = {f"{index}.png": size for index, size in enumerate(SIZES) if str(index) not in labeled}
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == set(sizes) and len(sizes) == 2
