@@ -189,8 +189,9 @@ def result(name: str, steps: int, unit: str) -> str | None:
         return None
     spread = f" ± {float(row['spread']):.1f}" if row["spread"] else ""
     counts = f"{row['labeled']} / {row['unlabeled']} images"
+    boxes = "" if row["method"] == "supervised" else "; CutMix boxes were half as large"  # none was run again since
     return (
-        f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}), "
+        f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}{boxes}), "
         f"{float(row['minutes']):.0f} {unit}"
     )
 
