@@ -157,7 +157,7 @@ def compare(
             found = {kind: sample[f"unlabeled/{name}/{kind}"][None] for kind in kinds}
             for kind in found.keys() & {*FINE}:
                 classes = enlarge(found[kind], logits.shape[2:]).argmax(dim=1)
-                found["labels"] = classes.where(sample[f"unlabeled/{name}/valid"], IGNORE_INDEX)
+                found["labels"] = classes.where(sample["unlabeled/valid"], IGNORE_INDEX)
             if "labels" in found:
                 counted = found["labels"] != IGNORE_INDEX
                 sums["same"] += (found["labels"] == logits.argmax(dim=1))[counted].double().mean().item() * 100

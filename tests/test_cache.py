@@ -113,9 +113,9 @@ def test_probabilities_are_kept_for_soft_labels(cached):
     view = View((0, 0, 20, 20), (30, 30), (2, 2), False)  # its last 4 x 4 pixels show the image's fifth cell
     found, flipped = (targets.cut(images.ids[3], (48, 48), view._replace(mirrored=m), 32) for m in (False, True))
     assert torch.allclose(found["b/probabilities"][:, 7, 7], wanted[:, 4, 4], atol=3e-3)
-    assert found["b/valid"].sum() == 900 and found["b/valid"][2:, 2:].all()
-    for kind in ("probabilities", "valid"):
-        assert torch.equal(flipped[f"b/{kind}"], found[f"b/{kind}"].flip(-1)), kind
+    assert found["valid"].sum() == 900 and found["valid"][2:, 2:].all()
+    for key in ("b/probabilities", "valid"):
+        assert torch.equal(flipped[key], found[key].flip(-1)), key
 
 
 def test_probabilities_are_those_of_online_teachers_where_the_crop_is_the_image(cached, tmp_path):

@@ -236,7 +236,7 @@ def cached_views(
             }
             kept |= {f"{view}/{name}/{kind}": found[kind].clone() for kind in kinds}
             if "probabilities" in kinds:
-                kept[f"{view}/{name}/valid"] = torch.ones_like(found["labels"], dtype=torch.bool)
+                kept[f"{view}/valid"] = torch.ones_like(found["labels"], dtype=torch.bool)
     return kept
 
 

@@ -114,9 +114,9 @@ class CachedTargets:
 
         Returns:
             By `teacher/kind`: labels `[crop, crop]` int64, 255 in padding; probabilities and fine_logits `[K, p, p]`
-            float32, p = ceil(crop / 4), with `valid` `[crop, crop]` bool, False in padding; logits and features
-            `[C, g, g]` float32, g = ceil(crop / cell). All but labels are means over what a part of the crop shows; in
-            padding, of the nearest cell.
+            float32, p = ceil(crop / 4), and with these `valid`, `[crop, crop]` bool, False in padding; logits and
+            features `[C, g, g]` float32, g = ceil(crop / cell). All but labels are means over what a part of the crop
+            shows; in padding, of the nearest cell.
 
         Raises:
             UserError: the cache lacks the image, has it in another size, or is damaged.
@@ -142,8 +142,8 @@ class CachedTargets:
                     cells = cut_cells(stored, size, view, crop, -(-crop // cell))
                     if kind == "probabilities":
                         cells = cells / cells.sum(dim=0)  # many classes of 8 bits do not sum to 1
-                    if kind in FINE:
-                        found[f"{teacher}/valid"] = valid_pixels(view, crop)
+                    if kind in FINE and "valid" not in found:
+                        found["valid"] = valid_pixels(view, crop)
                     found[f"{teacher}/{kind}"] = cells
         except (OSError, SafetensorError, KeyError) as error:
             raise UserError(f"{path} cannot be read: {error}; delete it, and this mends it: {self.remedy}") from error

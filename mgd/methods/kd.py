@@ -90,9 +90,7 @@ class LogitDistillation(Method):
 
         def said(key: str) -> TeacherLogits:
             logits, size = batch[f"{key}/{name}/fine_logits"], mask.shape[-2:]
-            return TeacherLogits(
-                functional.interpolate(logits, size=size, mode="bilinear"), batch[f"{key}/{name}/valid"]
-            )
+            return TeacherLogits(functional.interpolate(logits, size=size, mode="bilinear"), batch[f"{key}/valid"])
 
         if "labeled" in self.config.on:
             found["labeled"] = said("image")

@@ -272,7 +272,7 @@ def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> TeacherTargets:
     if "probabilities" in kinds:
         labeled, first, second = (
             functional.interpolate(batch[f"{view}/{name}/probabilities"], size=mask.shape[-2:], mode="bilinear")
-            * batch[f"{view}/{name}/valid"][:, None]
+            * batch[f"{view}/valid"][:, None]
             for view in ("image", "unlabeled", "mix")
         )
         found["labeled"], found["unlabeled"] = labeled, mix(first, second, mask)

@@ -82,9 +82,9 @@ def test_what_is_shown_is_no_padding_and_probabilities_sum_to_one(tmp_path):
         view = draw_view(*SIZE, CROP, (0.4, 1.0, 2.0), True, np.random.default_rng(seed))
         found = targets.cut("b", SIZE, view, CROP, labeled=True)
         label = augment(PIL.Image.new("RGB", SIZE), np.zeros(SIZE[::-1], np.uint8), CROP, view)[1]
-        assert torch.equal(found["t/valid"], label != 255)
+        assert torch.equal(found["valid"], label != 255)
         assert torch.allclose(found["t/probabilities"].sum(0), torch.ones(12, 12), atol=1e-5)
-        parts |= {bool(found["t/valid"].all())}
+        parts |= {bool(found["valid"].all())}
     assert parts == {True, False}
 
 

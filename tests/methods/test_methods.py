@@ -199,7 +199,7 @@ def test_kd_and_cwd_mix_what_was_cached_and_leave_out_its_padding(batch, method,
         seen[key] = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64)
         shown[key] = torch.rand(2, *size, generator=generator) < 0.7
     cached = {f"{key}/deep/fine_logits": value for key, value in seen.items()}
-    cached |= {f"{key}/deep/valid": value for key, value in shown.items()}
+    cached |= {f"{key}/valid": value for key, value in shown.items()}
     out = method(config(distill_from=("deep",), weight=2.0), [student]).step(batch | cached, 0)
     temperature = config(distill_from=("deep",)).temperature
     expected = functional.cross_entropy(student(batch["image"]).logits, batch["label"], ignore_index=255)
