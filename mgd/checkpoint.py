@@ -14,7 +14,7 @@ from mgd.errors import UserError, one_line
 from mgd.files import write_aside
 
 FILE = "state.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(

@@ -129,32 +129,26 @@ def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split,
     Raises:
         UserError: the partition, images or masks, or `[data.unlabeled]` cannot be used.
     """
-    drawn = split_data(recipe.data, recipe.partition, recipe.partition_seed)
-    uses_unlabeled = METHODS.get(recipe.method.name).uses_unlabeled
-    return _check_data(without_augmentation(recipe.data), drawn.labeled, drawn.unlabeled, uses_unlabeled, accelerator)
-
-
-@functools.lru_cache(maxsize=4)  # a run is checked before its teachers are trained, and when it begins
-def _check_data(
-    section: DataSection,
-    labeled: tuple[str, ...],
-    unlabeled: tuple[str, ...],
-    uses_unlabeled: bool,
-    accelerator: Accelerator,
-) -> tuple[Splits, Split, tuple[int, int]]:
-    pool = section.unlabeled
+    partition = split_data(recipe.data, recipe.partition, recipe.partition_seed)
+    section, pool = without_augmentation(recipe.data), recipe.data.unlabeled
     streamed = pool is not None and pool.streaming
     if streamed:
-        if unlabeled:
-            accelerator.print(f"note: {len(unlabeled)} unlabelled images give way to [data.unlabeled]")
-        unlabeled = ()
-    splits, partition, size = _check_images(section, labeled, unlabeled, accelerator)
+        if partition.unlabeled:
+            _say_once(accelerator, f"{len(partition.unlabeled)} unlabelled images give way to [data.unlabeled]")
+        partition = dataclasses.replace(partition, unlabeled=())
+    splits, partition, size = _check_images(section, partition.labeled, partition.unlabeled, accelerator)
     if pool:
         count = Pool(pool).count if streamed else None
         partition = dataclasses.replace(partition, pool=identity(pool), streamed=streamed, num_streamed=count)
-    if uses_unlabeled and not streamed and not partition.unlabeled:
-        accelerator.print("note: no unlabelled image; the labelled ones serve as the pool, their masks unseen")
+    if not streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+        _say_once(accelerator, "no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition, size
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(accelerator: Accelerator, text: str) -> None:
+    """Print a note, of a run that is checked before its teachers are trained, and again when it begins."""
+    accelerator.print(f"note: {text}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -201,7 +195,7 @@ def _check_images(
         count = len(splits.val) - len(problems["validation"])
         accelerator.print(f"note: {count} validation image(s); below 20 the mIoU is a rough guide", flush=True)
     val = [name for name in splits.val["id"] if name not in problems["validation"]]
-    splits = dataclasses.replace(splits, val=rows_of(splits.val, tuple(val)))
+    splits = dataclasses.replace(splits, val=rows_of(splits.val, val))
     first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
     labeled = tuple(name for name in labeled if name not in problems["labelled"])
     if leaked := _same_images(splits.labeled, splits.val, labeled):
@@ -220,7 +214,7 @@ def _check_images(
 
 def _same_images(labeled: datasets.Dataset, val: datasets.Dataset, ids: tuple[str, ...]) -> list[str]:
     """Return which of the labelled images, `ids`, are validation images, too, by id and byte for byte."""
-    shared = tuple(set(ids).intersection(val["id"][:]))
+    shared = set(ids).intersection(val["id"][:])
     ours, theirs = (Images(rows_of(source, shared)) for source in (labeled, val))
     places = {name: index for index, name in enumerate(theirs.ids)}
     return [name for index, name in enumerate(ours.ids) if ours.encoded(index) == theirs.encoded(places[name])]

@@ -136,6 +136,8 @@ _NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)  # ask
 def run(main: Callable[[], None]) -> None:
     """Call a stage's `main`; a UserError becomes one line on stderr and exit status 2 (75: another process is at it).
 
+    So does the OSError of a path that may not be looked at, or that is too long: any of those that a user names.
+
     SIGTERM and Ctrl-C end it with one line and 128 + the number of the signal.
     """
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ValidationError
 class UserError(ValueError):
     """Bad input: the message names the file, key or value at fault and the way out.
 
-    A stage prints it as one line and exits with status 2; any other exception is a defect of
-    ours and keeps its traceback.
+    A stage prints it as one line and exits with status 2; any other exception but that of a path that may not be
+    looked at (`mgd.cli.run`) is a defect of ours and keeps its traceback.
     """
 
 
@@ -86,7 +86,7 @@ def _pydantic_line(model: type[BaseModel], detail: Mapping[str, Any], where: str
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     message = message.replace("valid tuple", "list").replace("valid dictionary", "table")
     message = message.replace("Tuple should have", "a list of").replace(" after validation", "")
-    if detail["type"] == "string_pattern_mismatch":
+    if detail["type"] == "string_pattern_mismatch" and detail["ctx"]["pattern"].startswith("^[A-Za-z0-9]"):  # a name
         seeded = ", and {seed}" if "seed" in detail["ctx"]["pattern"] else ""
         message = f"may hold letters, digits, '.', '_' and '-'{seeded}, and begins with a letter or a digit"
     if detail["type"] == "literal_error":

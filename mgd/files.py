@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     path = path.resolve()  # through a link, to what it points to
     if path.exists() and not path.is_file():
         raise UserError(f"{path} cannot be written: it is not a regular file")
-    aside = path.with_name(f".{path.name[:40]}.{os.getpid()}")  # a long name may be as long as names can be
+    short = path.name if len(path.name) <= 60 else f"{path.name[:40]}-{zlib.crc32(os.fsencode(path.name)):08x}"
+    aside = path.with_name(f".{short}.{os.getpid()}")  # a name may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(aside)
@@ -84,6 +86,11 @@ def keep_lines(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         if isinstance(row, dict) and wanted(row):
             kept.append(f"{line}\n")
     write_text(path, "".join(kept))
+
+
+def absolute(value: Any) -> Any:
+    """Return a path as text from the root of the file system, so that two of one place are equal; else the value."""
+    return os.path.abspath(value) if isinstance(value, str) else value
 
 
 def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:

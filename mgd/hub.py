@@ -207,7 +207,7 @@ def _facts(run: FinishedRun) -> dict[str, str]:
     teachers += [
         f"{plain(where.removeprefix('method.teachers.'))}: `{section.backbone}`, trained along"
         for where, section in recipe.networks.items()
-        if where != "student"
+        if where.startswith("method.teachers.")
     ]
     start = "timm's pretrained weights" if recipe.student.pretrained else "random weights"
     precision = "fp32" if metrics["mixed_precision"] == "no" else metrics["mixed_precision"]

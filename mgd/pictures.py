@@ -132,7 +132,8 @@ def pictures_below(folder: Path) -> list[Path]:
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(place) in seen:  # a link that leads back
+        folders.sort(key=lambda name, place=place: (os.path.islink(os.path.join(place, name)), name))
+        if os.path.realpath(place) in seen:  # a link that leads back, or to what was seen: the folder itself goes first
             folders.clear()
             continue
         seen.add(os.path.realpath(place))

@@ -56,8 +56,8 @@ def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str
         below: folders in it that will hold them.
 
     Raises:
-        UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model
-            or other images.
+        UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model,
+            other weights or other images.
     """
     try:
         found = read_json(folder / PREDICTIONS, ("model", "files"))
@@ -65,7 +65,8 @@ def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str
     except UserError:
         ours = False
     if ours and (other := [key for key in mark if found.get(key) != mark[key]]):  # they could not be told apart
-        what = {"weights": "earlier weights of this model"}.get(other[0], f"other {other[0]}: {found.get(other[0])}")
+        what = f"other {other[0]}: {found.get(other[0], 'unknown')}"
+        what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
         raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
     for place in [] if ours else [folder / name for name in below]:
         if place.is_dir() and any(place.iterdir()):

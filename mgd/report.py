@@ -274,8 +274,12 @@ def _bases(cells: Sequence[Cell]) -> dict[str, Cell]:
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """Say where runs that stand side by side were not given the same budget."""
+    """Say where runs that stand side by side were not given the same budget, or are of several versions of ours."""
     lines = []
+    for cell in cells:
+        versions = {str(run.metrics.get("versions", {}).get("mgd")) for run in cell.runs}
+        if len(versions) > 1:
+            lines.append(f"{cell.label}: runs of mgd {', '.join(sorted(versions))}, whose results may differ")
     for title, members in by_title(cells).items():
         groups: dict[tuple[str, str], list[Cell]] = {}
         for cell in members:

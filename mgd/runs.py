@@ -17,7 +17,7 @@ from torch import nn
 import mgd
 from mgd.data.partitions import Split, read_manifest, repainted
 from mgd.errors import Busy, UserError, some
-from mgd.files import read_json, write_json, write_text
+from mgd.files import absolute, read_json, write_json, write_text
 from mgd.recipe import FREE_KEYS, Recipe, parse
 from mgd.registry import DATASETS, plugin_packages
 from mgd.tables import flatten
@@ -242,7 +242,7 @@ def _shaping(tables: Mapping) -> dict[str, Any]:
     with contextlib.suppress(UserError):  # a data set of a package that is not here: its root counts
         if DATASETS.get(str(flat.get("data.name"))).same_everywhere:
             free = FREE_KEYS | {"data.root"}
-    flat |= {key: os.path.abspath(flat[key]) for key in ("data.root", "data.val_root") if key in flat}
+    flat |= {key: absolute(flat[key]) for key in ("data.root", "data.val_root") if key in flat}
     return {key: value for key, value in flat.items() if key not in free}
 
 

@@ -11,7 +11,7 @@ from mgd.data.datasets import Splits
 from mgd.data.partitions import read_manifest
 from mgd.data.reading import rows_of
 from mgd.errors import UserError
-from mgd.files import read_json, write_json
+from mgd.files import absolute, read_json, write_json
 from mgd.metrics import Scores
 from mgd.recipe import Recipe, load
 from mgd.runs import UNLABELED, recipe_differences
@@ -44,6 +44,8 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
     own = load(run / "recipe.toml")
     keys = {"name", *type(own.data).image_keys()} - ({"root"} if type(own.data).same_everywhere else set())
     mine, theirs = recipe.to_dict()["data"], own.to_dict()["data"]
+    for tables in (mine, theirs):
+        tables |= {key: absolute(tables[key]) for key in ("root", "val_root") if key in tables}
     if other := sorted(key for key in keys if mine.get(key) != theirs.get(key)):
         raise UserError(
             f"[data] {other[0]} = {mine.get(other[0])!r}, but {theirs.get(other[0])!r} in {run}/recipe.toml; which "

@@ -20,13 +20,14 @@ from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
+from mgd.files import absolute  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
 from mgd.plots import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 from mgd.unseen import keep_unlabeled, unseen_masks  # noqa: E402
 
-_MATTERS = ("data.", "eval.", "partition.", "run.")
+_MATTERS = ("data.", "eval.", "run.")
 """What of a recipe an evaluation reads."""
 
 
@@ -61,9 +62,11 @@ def main() -> None:
     split = getattr(recipe.data, "val_split", "val") if args.split == "val" else args.split
     accelerator = cli.start(recipe)
     network = load_segmenter(folder)
-    mark = {"model": str(folder.resolve()), "weights": fingerprint(network), "images": split}
+    images = " of ".join(filter(None, (split, absolute(getattr(recipe.data, "root", None)))))
+    mark = {"model": str(folder.resolve()), "weights": fingerprint(network), "images": images}
     if args.save_predictions:
         check_predictions(Path(args.save_predictions), mark)
+        accelerator.wait_for_everyone()  # or one may look when another has begun to write
     network.to(accelerator.device)
     splits = load_splits(recipe.data)
     check_classes(splits.classes, network, args.model)

@@ -164,7 +164,7 @@ def _single_thread():
 
 def forget_data():
     """Let the next run look at its files anew, as another process would."""
-    for cached in (reading._load_splits, reading._presence, checks._check_images, checks._check_data):
+    for cached in (reading._load_splits, reading._presence, checks._check_images, checks._say_once):
         cached.cache_clear()
 
 

@@ -84,5 +84,5 @@ def test_a_resume_point_of_another_version_is_refused(tmp_path):
         header = json.loads(file.metadata()["mgd"]) | {"format": 99}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     save_file(tensors, path, metadata={"mgd": json.dumps(header)})
-    with pytest.raises(UserError, match="it is of format 99, this version of mgd writes 2; start over with --restart"):
+    with pytest.raises(UserError, match="it is of format 99, this version of mgd writes 3; start over with --restart"):
         load_checkpoint(tmp_path, {"network": network}, optimizer)

@@ -140,6 +140,7 @@ def test_images_to_evaluate_on_that_change_under_an_unfinished_run(write_recipe)
     [
         ("camvid/half_lite0_1-16", "data.root=elsewhere", True),
         ("folder_cpu", "data.root=elsewhere", False),
+        ("folder_cpu", "data.root=./mine", True),
         ("voc_r18_1-8", "partition.root=elsewhere", True),
         ("voc_r18_1-8", "data.masks=SegmentationClass", False),
     ],

@@ -32,8 +32,10 @@ def broken_at(monkeypatch):
 
 def test_a_loss_that_is_no_number_stops_the_run_and_can_be_reproduced(write_recipe):
     recipe = load(write_recipe(), ["optim.lr=1e18", "optim.steps=20"])
-    with pytest.raises(UserError, match=r"loss.* not finite at step \d+; images train-.*; lower \[optim\] lr"):
+    with pytest.raises(UserError, match=r"loss.* not finite at step \d+; images train-.*; lower \[optim\] lr") as error:
         run_recipe(recipe, Accelerator())
+    assert "resume point" not in str(error.value)
+    assert not (recipe.run_dir / "checkpoint").exists()
     folder = recipe.run_dir / "nonfinite"
     with safe_open(folder / "batch_0.safetensors", framework="pt") as file:
         header = file.metadata()

@@ -214,7 +214,7 @@ def training_gmacs(recipe: Recipe, teachers: Mapping[str, ModelSection]) -> floa
 def cached_views(
     teachers: Mapping[str, Segmenter], config: MGDConfig, batch: Mapping[str, Tensor], cell: int
 ) -> dict[str, Tensor]:
-    """Return what a cache would hold of the teachers' outputs for a batch, by `VIEW/TEACHER/KIND`.
+    """Return what a cache would hold of the teachers' outputs for a batch, by `VIEW/TEACHER/KIND` and `VIEW/valid`.
 
     Args:
         teachers: frozen networks by name.
@@ -235,8 +235,7 @@ def cached_views(
                 "features": functional.interpolate(features.float(), size=parts, mode="area"),
             }
             kept |= {f"{view}/{name}/{kind}": found[kind].clone() for kind in kinds}
-            if "probabilities" in kinds:
-                kept[f"{view}/valid"] = torch.ones_like(found["labels"], dtype=torch.bool)
+            kept[f"{view}/valid"] = torch.ones_like(found["labels"], dtype=torch.bool)
     return kept
 
 

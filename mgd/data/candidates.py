@@ -63,7 +63,7 @@ def find_candidates(section: DataSection, partition: Partition) -> Candidates:
     if partition.protocol != "files":
         return Candidates(everything, everything.select([]), section)
     places = {name: index for index, name in enumerate(everything["id"])}
-    halves = split(partition, list(places), [], seed=0)
+    halves = split(partition, list(places), [], seed=0, held_out=splits.val["id"][:])
     unlabeled, labeled = (
         everything.select([places[name] for name in names]) for names in (halves.unlabeled, halves.labeled)
     )

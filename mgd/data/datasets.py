@@ -10,7 +10,7 @@ import io
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import datasets
 import PIL.Image
@@ -115,7 +115,7 @@ class CamVid(DataSection):
     same_everywhere: ClassVar[bool] = True
     root: str
     """Folder of CamVid."""
-    val_split: Annotated[str, Field(pattern="^(val|test)$")] = "val"
+    val_split: Literal["val", "test"] = "val"
     """Split that is evaluated: val or test."""
 
     def class_names(self) -> tuple[str, ...]:
@@ -219,7 +219,7 @@ class Folder(DataSection):
             and len(self.colors) != len(self.classes),
             "classes: a name comes twice": len(set(self.classes)) < len(self.classes),
             "classes: a name is empty, or not one line": any(
-                not name.strip() or len(name.splitlines()) > 1 for name in self.classes
+                not name.strip() or name.splitlines() != [name] for name in self.classes
             ),
             "colors, ignore_color: a colour comes twice": len(set(used)) < len(used),
             "ignore_color is for colour-coded masks; give colors too": self.ignore_color and not self.colors,

@@ -131,7 +131,8 @@ class TrainingPairs(Dataset):
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | str]:
         """Return `image`, `label`, `id` and, with an unlabelled set, `unlabeled`, `mix`, `mask`.
 
-        With cached teachers also what they saw in the three: `image/TEACHER/KIND`, `unlabeled/...`, `mix/...`.
+        With cached teachers also what they saw in the three: `image/TEACHER/KIND`, `unlabeled/...`, `mix/...`, and of
+        some kinds `image/valid`, ... (mgd/data/targets.py).
         """
         pair = {}
         if self.unlabeled is not None:

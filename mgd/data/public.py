@@ -2,11 +2,11 @@
 
 import glob
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import datasets
 import pyarrow
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from mgd.data.datasets import Splits, by_stem, default_colors, existing_folder, paired, table
 from mgd.data.lists import read_list
@@ -151,7 +151,7 @@ class VOC(PublicSection):
 class Cityscapes(PublicSection):
     """Cityscapes; `root` holds leftImg8bit/ and gtFine/."""
 
-    label_ids: Annotated[str, Field(pattern="^(labelIds|labelTrainIds)$")] = "labelIds"
+    label_ids: Literal["labelIds", "labelTrainIds"] = "labelIds"
     """Masks that are read: the official labelIds, or labelTrainIds (of a hub table too)."""
 
     def _from_folder(self, root: Path) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -16,8 +16,8 @@ IGNORE_INDEX = 255
 Batch = Mapping[str, Tensor]
 """Of tensors, and lists of ids that methods leave alone. Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]`
 int64; with an unlabelled set also `unlabeled` and `mix` `[B, 3, H, W]` uint8 and the CutMix `mask` `[B, 1, H, W]`
-bool; with cached teachers what they saw in `image`, `unlabeled` and `mix`, as `image/TEACHER/KIND`
-(mgd/data/targets.py)."""
+bool; with cached teachers what they saw in `image`, `unlabeled` and `mix`, as `image/TEACHER/KIND`, and
+of some kinds `image/valid` (mgd/data/targets.py)."""
 
 
 class OHEM(Section):

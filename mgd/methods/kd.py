@@ -88,15 +88,15 @@ class LogitDistillation(Method):
         """Put together what was cached of a teacher's view of the images; padding it has not seen."""
         mask, found = batch["mask"], {}
 
-        def said(key: str) -> TeacherLogits:
+        def cached(key: str) -> TeacherLogits:
             logits, size = batch[f"{key}/{name}/fine_logits"], mask.shape[-2:]
             return TeacherLogits(functional.interpolate(logits, size=size, mode="bilinear"), batch[f"{key}/valid"])
 
         if "labeled" in self.config.on:
-            found["labeled"] = said("image")
+            found["labeled"] = cached("image")
         if "unlabeled" in self.config.on:
             found["unlabeled"] = TeacherLogits(
-                *(mix(*both, mask) for both in zip(said("unlabeled"), said("mix"), strict=True))
+                *(mix(*both, mask) for both in zip(cached("unlabeled"), cached("mix"), strict=True))
             )
         return found
 

@@ -225,11 +225,11 @@ class MGD(MultiGranularity):
             outputs = teacher_outputs(self.teachers[name], views, self._wanted(name))
             asked = [view for view in outputs if view != "mixed" and name in config.pixel.teachers]
             if config.pixel.labels == "soft":
-                said = {view: outputs[view].logits.softmax(dim=1) for view in asked}
+                targets = {view: outputs[view].logits.softmax(dim=1) for view in asked}
             else:
-                said = {view: outputs[view].logits.argmax(dim=1) for view in asked}
-            labeled = said.get("labeled")
-            unlabeled = mix(said["first"], said["second"], mask) if "first" in said else None
+                targets = {view: outputs[view].logits.argmax(dim=1) for view in asked}
+            labeled = targets.get("labeled")
+            unlabeled = mix(targets["first"], targets["second"], mask) if "first" in targets else None
             logits = features = None
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from conftest import TINY, Toy, call_stage
 
 from mgd.benchmarks.terms import suite
+from mgd.errors import UserError
 from mgd.methods.base import StepOutput
 from mgd.methods.cps import CPS
 from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm
@@ -78,6 +79,21 @@ def test_what_is_logged_only_pulls_at_nothing(batch):
     supervised, logged = suite(method, batches)
     assert supervised["value"] == pytest.approx(sum(values) / 2) and supervised["weight"] == 1
     assert logged["term"] == "mean_logit" and logged["weight"] == logged["gradient"] == 0
+
+
+def test_a_method_that_logs_no_term_is_told_so(batch):
+    class Silent(Supervised):
+        def step(self, batch, step):
+            return StepOutput(super().step(batch, step).loss, {})
+
+    with pytest.raises(UserError, match="logs no term of its loss"):
+        suite(Silent(Supervised.Config(), [Toy(0)]), [batch])
+
+
+def test_one_size_where_one_is_measured(write_recipe, capsys):
+    arguments = ("--recipe", write_recipe(), "--suite", "students", "--size", "64", "96")
+    status, _, error = call_stage(capsys, "benchmark.py", *arguments)
+    assert status == 2 and "--suite students takes one --size" in error
 
 
 def test_the_stage(write_recipe, tmp_path, capsys, monkeypatch):

@@ -149,6 +149,8 @@ def test_folder_that_does_not_fit(folder, damage, message):
     ("changes", "message"),
     [
         ({"classes": ("a", "a")}, "classes: a name comes twice"),
+        ({"classes": ("a", " ")}, "classes: a name is empty, or not one line"),
+        ({"classes": ("a", "b\n")}, "classes: a name is empty, or not one line"),
         ({"colors": ((0, 0, 0), (0, 0, 0))}, "a colour comes twice"),
         ({"colors": ((0, 0, 0), (1, 1, 1)), "ignore_color": (1, 1, 1)}, "a colour comes twice"),
         ({"ignore_color": (1, 1, 1)}, "ignore_color is for colour-coded masks"),
