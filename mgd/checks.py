@@ -51,8 +51,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     skipped = set(there.skipped)
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
     val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
-    then = {"labeled": set(there.labeled), "unlabeled": set(there.unlabeled)}
-    then |= {} if there.val is None else {"val": set(there.val)}  # an older run did not keep them
+    then = there.lists()
     now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}
     if not same_pool or any(now[key] != names for key, names in then.items()):
         counts = [" / ".join(str(len(names)) for names in which.values()) for which in (then, now)]

@@ -9,11 +9,10 @@ from torch import nn
 from mgd.checks import finished
 from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
-from mgd.files import absolute
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import Recipe, load
 from mgd.registry import METHODS
-from mgd.runs import recipe_differences
+from mgd.runs import recipe_differences, with_places
 from mgd.sections import Partition
 from mgd.unseen import find_partition
 
@@ -95,12 +94,9 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
         agree += [("data", "crop"), ("eval", "mode")]
         agree += [("student", key) for key in type(recipe.student).model_fields]
         agree += [("optim", key) for key in ("steps", "epochs", "batch_size")]
-    mine, theirs = recipe.to_dict(), other.to_dict()
+    mine, theirs = with_places(recipe.to_dict()), with_places(other.to_dict())
     for section, key in agree:
-        values = [tables[section].get(key) for tables in (mine, theirs)]
-        if key in ("root", "val_root"):
-            values = list(map(absolute, values))
-        if values[0] != values[1]:
+        if mine[section].get(key) != theirs[section].get(key):
             raise UserError(
                 f"{recipe.source}: {title} ({other.source}) must agree in [{section}] {key}, but has "
                 f"{theirs[section].get(key)!r}, here {mine[section].get(key)!r}; make them equal"

@@ -189,10 +189,9 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
                 f"{path}: the files of [data.unlabeled] have changed since this run began; put them back, or start "
                 f"over: {recipe.command} --restart"
             )
-        names = ("labeled", "unlabeled", "val")
-        then = {key: ids for key in names if (ids := getattr(there, key)) is not None}  # an older run has no val
-        now = {key: manifest[key] for key in then}
-        if any(set(then[key]) != set(now[key]) for key in then):
+        then = there.lists()
+        now = {key: set(manifest[key]) for key in then}
+        if then != now:
             counts = [" / ".join(str(len(ids)) for ids in lists.values()) for lists in (then, now)]
             raise UserError(
                 f"{path}: the images of [data] have changed since this run began (labelled / unlabelled / to evaluate "
@@ -232,17 +231,24 @@ def recipe_differences(there: Mapping, here: Recipe) -> list[str]:
     return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys]
 
 
+def with_places(tables: Mapping) -> dict[str, Any]:
+    """Return the tables of a recipe with its images' places from the root of the file system, to be compared."""
+    data = tables.get("data")
+    if not isinstance(data, Mapping):
+        return dict(tables)
+    return {**tables, "data": data | {key: absolute(data[key]) for key in ("root", "val_root") if key in data}}
+
+
 def shaping_keys(recipe: Recipe) -> dict[str, Any]:
     """Return the keys and values of a recipe that shape a result, as `section.key`."""
     return _shaping(recipe.to_dict())
 
 
 def _shaping(tables: Mapping) -> dict[str, Any]:
-    flat, free = flatten(tables), FREE_KEYS
+    flat, free = flatten(with_places(tables)), FREE_KEYS
     with contextlib.suppress(UserError):  # a data set of a package that is not here: its root counts
         if DATASETS.get(str(flat.get("data.name"))).same_everywhere:
             free = FREE_KEYS | {"data.root"}
-    flat |= {key: absolute(flat[key]) for key in ("data.root", "data.val_root") if key in flat}
     return {key: value for key, value in flat.items() if key not in free}
 
 

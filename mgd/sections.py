@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validat
 
 from mgd.tables import labeled_amount
 
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]|\{seed\})*$")]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -27,7 +28,7 @@ class Section(BaseModel):
 class Run(Section):
     """`[run]`: name, seed and bookkeeping."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]|\{seed\})*$")]
+    name: FolderName
     """Folder of the run below `output`; `{seed}` in it stands for the seed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Draws the partition, the initial weights, the order and augmentation of images, CutMix boxes."""
@@ -188,7 +189,7 @@ class Teacher(Section):
 class TeacherCache(Section):
     """`[cache]`: the predictions that [teachers] mode = "cached" learns from; stages/cache_teachers.py makes them."""
 
-    folder: Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]|\{seed\})*$")] = "teacher_cache-s{seed}"
+    folder: FolderName = "teacher_cache-s{seed}"
     """Folder of the cache below [run] output; `{seed}` in it stands for the seed."""
     scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
     """Sizes at which the teachers see an image; of several, the mean of what they predict counts."""

@@ -11,10 +11,10 @@ from mgd.data.datasets import Splits
 from mgd.data.partitions import read_manifest
 from mgd.data.reading import rows_of
 from mgd.errors import UserError
-from mgd.files import absolute, read_json, write_json
+from mgd.files import read_json, write_json
 from mgd.metrics import Scores
 from mgd.recipe import Recipe, load
-from mgd.runs import UNLABELED, recipe_differences
+from mgd.runs import UNLABELED, recipe_differences, with_places
 
 
 def find_partition(model: str | Path) -> Path | None:
@@ -43,9 +43,7 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
         raise UserError(f"{run}: a run that is not finished; its command goes on with it")
     own = load(run / "recipe.toml")
     keys = {"name", *type(own.data).image_keys()} - ({"root"} if type(own.data).same_everywhere else set())
-    mine, theirs = recipe.to_dict()["data"], own.to_dict()["data"]
-    for tables in (mine, theirs):
-        tables |= {key: absolute(tables[key]) for key in ("root", "val_root") if key in tables}
+    mine, theirs = (with_places(one.to_dict())["data"] for one in (recipe, own))
     if other := sorted(key for key in keys if mine.get(key) != theirs.get(key)):
         raise UserError(
             f"[data] {other[0]} = {mine.get(other[0])!r}, but {theirs.get(other[0])!r} in {run}/recipe.toml; which "

@@ -62,9 +62,9 @@ def main() -> None:
     split = getattr(recipe.data, "val_split", "val") if args.split == "val" else args.split
     accelerator = cli.start(recipe)
     network = load_segmenter(folder)
-    images = " of ".join(filter(None, (split, absolute(getattr(recipe.data, "root", None)))))
-    mark = {"model": str(folder.resolve()), "weights": fingerprint(network), "images": images}
     if args.save_predictions:
+        shown = " of ".join(filter(None, (split, absolute(getattr(recipe.data, "root", None)))))
+        mark = {"model": str(folder.resolve()), "weights": fingerprint(network), "images": shown}
         check_predictions(Path(args.save_predictions), mark)
         accelerator.wait_for_everyone()  # or one may look when another has begun to write
     network.to(accelerator.device)

@@ -127,14 +127,14 @@ def test_probabilities_are_those_of_online_teachers_where_the_crop_is_the_image(
     whole = {"crop": 48, "scales": [1.0], "flip": False}
     recipe = cached("method.pixel.labels=soft", data=whole, cache={"cell": 4})
     teachers, _, _, pairs = made(recipe)
-    batch = default_collate([pairs[position] for position in range(4)])
+    batch = default_collate([pairs[position] for position in range(24)])
     views = {"labeled": batch["image"], "first": batch["unlabeled"], "second": batch["mix"]}
     method = MGD(recipe.method, [], teachers)
     for name, kinds in MGD.cached_kinds(recipe.method).items():
         online, ours = method._online(name, views, batch["mask"]), _cached(batch, name, kinds)
         for what in ("labeled", "unlabeled"):
             wanted = getattr(online, what)
-            assert wanted.std(dim=(2, 3)).max() > 0.15
+            assert wanted.std(dim=(2, 3)).max() > 0.2
             assert (getattr(ours, what) - wanted).abs().mean() < 0.4 * (wanted.flip(-1) - wanted).abs().mean(), what
 
 

@@ -1,6 +1,5 @@
 """The public labelled / unlabelled lists of VOC and Cityscapes, and lists of one's own."""
 
-import functools
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -120,7 +119,8 @@ def match(entries: list[str], known: Collection[str], what: str, held_out: Colle
     known = set(known)
     ids = [_id_of(entry, known) for entry in entries]
     lost = [entry for entry, name in zip(entries, ids, strict=True) if name not in known]
-    if kept := [name for name in map(functools.partial(_id_of, known=set(held_out)), lost) if name in held_out]:
+    held_out = set(held_out)
+    if kept := [name for entry in lost if (name := _id_of(entry, held_out)) in held_out]:
         raise UserError(
             f"{what}: {len(kept)} of {len(ids)} entries are validation images: {some(kept)}; take them off the list"
         )

@@ -78,6 +78,11 @@ class Manifest(BaseModel):
     teachers: dict[str, str] = {}
     """Fingerprints of the teachers' weights by name."""
 
+    def lists(self) -> dict[str, set[str]]:
+        """Return the images of each list by its name; an older run did not keep `val`."""
+        named = {"labeled": self.labeled, "unlabeled": self.unlabeled, "val": self.val}
+        return {name: set(ids) for name, ids in named.items() if ids is not None}
+
 
 def read_manifest(path: Path) -> Manifest:
     """Read the `partition.json` of a run.
