@@ -65,8 +65,10 @@ PIXELS = {"full": "480x360", "half": "240x180"}
 # What the minutes in report.csv are.
 UNIT = {"full": "minutes, in bf16, of an H100 that six to twelve runs shared", "half": "minutes of one CPU core"}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
-# What stages/report.py made of the runs so far; a row counts while the recipe still has its steps.
-RESULTS = Path(__file__).resolve().parent / "camvid" / "report.csv"
+# What stages/report.py made of the runs so far, and what is to be said of them, the ones to prefer first; a row counts
+# while the recipe still has its steps.
+CAMVID = Path(__file__).resolve().parent / "camvid"
+RESULTS = {CAMVID / "report.csv": "", CAMVID / "report_small_boxes.csv": "; CutMix boxes were half as large"}
 DATA = """\
 [data]
 name = "camvid"
@@ -177,23 +179,25 @@ def _name(size: str, network: str, share: str) -> str:
 
 
 @functools.cache
-def _results() -> dict[str, dict[str, str]]:
-    with RESULTS.open(encoding="utf-8", newline="") as file:
+def _results(table: Path) -> dict[str, dict[str, str]]:
+    with table.open(encoding="utf-8", newline="") as file:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
 def result(name: str, steps: int, unit: str) -> str | None:
     """Word what a recipe reached and what it took (minutes of `unit`), if it has been run as it stands."""
-    row = _results().get(f"camvid_{name}")
-    if row is None or int(row["steps"]) != steps:
-        return None
-    spread = f" ± {float(row['spread']):.1f}" if row["spread"] else ""
-    counts = f"{row['labeled']} / {row['unlabeled']} images"
-    boxes = "" if row["method"] == "supervised" else "; CutMix boxes were half as large"  # none was run again since
-    return (
-        f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}{boxes}), "
-        f"{float(row['minutes']):.0f} {unit}"
-    )
+    for table, boxes in RESULTS.items():
+        row = _results(table).get(f"camvid_{name}")
+        if row is None or int(row["steps"]) != steps:
+            continue
+        spread = f" ± {float(row['spread']):.1f}" if row["spread"] else ""
+        counts = f"{row['labeled']} / {row['unlabeled']} images"
+        note = "" if row["method"] == "supervised" else boxes  # it mixes no images
+        return (
+            f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}{note}), "
+            f"{float(row['minutes']):.0f} {unit}"
+        )
+    return None
 
 
 def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str, steps: int = 0) -> tuple[str, str]:

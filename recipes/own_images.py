@@ -47,7 +47,7 @@ def _recipe(family: str, tail: str) -> str:
     network, method, runs, title = ROLES[tail]
     measured = f"{size}_{network}_1-16_{runs[size == 'full']}"
     reached = camvid_bench.result(measured, STEPS, camvid_bench.UNIT[size])
-    assert reached, f"recipes/camvid/report.csv has no run {measured} of {STEPS} steps"
+    assert reached, f"no report in recipes/camvid has a run {measured} of {STEPS} steps"
     body = paper.METHOD[method]
     if method == "cwd":
         recipes = {key: f"recipes/{family}_{key}.toml" for key in ("deep", "wide")}
