@@ -60,8 +60,8 @@ def load_checkpoint(
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["mgd"])
-            if header.get("format", 1) != FORMAT:
-                raise ValueError(f"it is of format {header['format']}, this version of mgd writes {FORMAT}")
+            if (found := header.get("format", 1)) != FORMAT:
+                raise ValueError(f"it is of format {found}, this version of mgd writes {FORMAT}")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         for name, module in modules.items():
             module.load_state_dict(_below(tensors, name), strict=True)

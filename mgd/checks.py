@@ -108,7 +108,7 @@ def _check_networks(
 ) -> None:
     """Try each kind of network that the method trains; the first one is evaluated on images of `size`, too."""
     whole = size if recipe.eval.mode == "whole" else None
-    images = local_batch * METHODS.get(recipe.method.name).forwards_per_label
+    images = local_batch * METHODS.get(recipe.method.name).images_per_label
     for where, section in recipe.networks.items():
         try:
             check_trainable(section, num_classes, images, recipe.data.crop, several_processes, whole)

@@ -263,8 +263,12 @@ def build_networks(recipe: Recipe, splits: Splits) -> list[nn.Module]:
     sections = METHODS.get(recipe.method.name).sections(recipe.method, recipe.student)
     return [
         build_segmenter(
-            *(section, splits.classes, splits.colors, recipe.run.seed + 1_000_003 * index),
-            *(recipe.data.image_scale, recipe.data.crop),
+            section,
+            splits.classes,
+            splits.colors,
+            recipe.run.seed + 1_000_003 * index,
+            image_scale=recipe.data.image_scale,
+            crop=recipe.data.crop,
         )
         for index, (_, section) in enumerate(sections)
     ]

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from mgd.errors import UserError, one_line, some
 from mgd.metrics import confusion_matrix
+from mgd.models.segmenter import check_finite
 from mgd.sections import Eval
 
 
@@ -45,8 +46,7 @@ def predict_scores(model: nn.Module, image: Tensor, section: Eval, crop: int) ->
         UserError: the network gives values that are no number, of which argmax would make class 0.
     """
     found = _scores(model, image, section, crop)
-    if not found.isfinite().all():
-        raise UserError("the network gives values that are no number; its weights are of no use")
+    check_finite(found)
     return found
 
 

@@ -10,7 +10,7 @@ from mgd.checks import finished
 from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
 from mgd.models.segmenter import Segmenter, load_segmenter
-from mgd.recipe import Recipe, load
+from mgd.recipe import FREE_KEYS, Recipe, load
 from mgd.registry import METHODS
 from mgd.runs import recipe_differences, with_places
 from mgd.sections import Partition
@@ -86,7 +86,7 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
     Raises:
         UserError: a key that must agree does not, naming it and both values.
     """
-    agree = [("partition", key) for key in Partition.model_fields]
+    agree = [("partition", key) for key in Partition.model_fields if f"partition.{key}" not in FREE_KEYS]
     agree += [("data", key) for key in ("name", "image_scale", *type(recipe.data).image_keys())]
     if METHODS.get(other.method.name).uses_unlabeled:
         agree.append(("data", "unlabeled"))

@@ -45,8 +45,10 @@ def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) ->
             read, nor is it noticed that they are damaged; they are black. Left out: all rows.
 
     Raises:
-        One of UNREADABLE: what PIL raises on what it cannot read.
+        One of UNREADABLE: what PIL raises on what it cannot read; there is neither a path nor bytes.
     """
+    if value["path"] is None and value["bytes"] is None:
+        raise ValueError("the table holds no image")
     image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
     # Interlaced rows are not in order; of deep pixels (I, F) `to_rgb` takes the maximum over all.
     ordered = image.format == "PNG" and len(image.tile) == 1 and not image.info.get("interlace")

@@ -1,27 +1,21 @@
 """The pictures of runs and reports: curves, overlays, contact sheets, cost and partition plots."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.ImageOps
-from torch import Tensor
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-from mgd.errors import UserError
-from mgd.files import read_json, write_aside, write_json
+from mgd.files import write_aside
 from mgd.pictures import colorize
 
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
-from matplotlib.ticker import LogFormatter  # noqa: E402
-
-PREDICTIONS = "predictions.json"
-"""Marks a folder of predictions as ours."""
 LINES = ("-", "--", ":", "-.")
 
 
@@ -29,7 +23,8 @@ def plot_curves(log: Path, output: Path) -> None:
     """Draw the losses and the val mIoU of a metrics.jsonl over the steps."""
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     losses = sorted({key for row in rows for key in row if key.startswith("loss")})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")  # pyplot would change the backend of who imports this
+    left, right = figure.subplots(1, 2)
     for key in losses:
         points = [(row["step"], row[key]) for row in rows if key in row]
         left.plot(*zip(*points, strict=True), label=key)
@@ -39,76 +34,11 @@ def plot_curves(log: Path, output: Path) -> None:
     right.plot(*zip(*points, strict=True), marker="o")
     right.set(xlabel="step", ylabel="val mIoU, %")
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
-    pyplot.close(figure)
 
 
 def overlay(image: np.ndarray, label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Lay class colours over an image `[H, W, 3]` uint8, half transparent."""
     return ((image.astype(np.uint16) + colorize(label, colors)) // 2).astype(np.uint8)
-
-
-def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str] = ("",)) -> None:
-    """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
-
-    Args:
-        folder: where predictions shall go.
-        mark: what they are of, as `mark_predictions` writes it.
-        below: folders in it that will hold them.
-
-    Raises:
-        UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model,
-            other weights or other images.
-    """
-    try:
-        found = read_json(folder / PREDICTIONS, ("model", "files"))
-        ours = found.keys() <= {*mark, "files"}
-    except UserError:
-        ours = False
-    if ours and (other := [key for key in mark if found.get(key) != mark[key]]):  # they could not be told apart
-        what = f"other {other[0]}: {found.get(other[0], 'unknown')}"
-        what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
-        raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
-    for place in [] if ours else [folder / name for name in below]:
-        if place.is_dir() and any(place.iterdir()):
-            raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
-
-
-def mark_predictions(folder: Path, mark: Mapping[str, str], files: int) -> None:
-    """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
-
-    Args:
-        folder: of the predictions.
-        mark: what they are of: `model`, its folder; `weights`, their fingerprint; `images`, the split or the place.
-        files: images that are to be predicted.
-    """
-    write_json(folder / PREDICTIONS, {**mark, "files": files})
-
-
-def save_prediction(
-    folder: Path,
-    colors: Sequence[tuple[int, int, int]],
-    encode: Callable[[np.ndarray], np.ndarray],
-    name: str,
-    classes: Tensor,
-) -> None:
-    """Save predicted classes as a palette PNG below `folder`.
-
-    Args:
-        folder: made when missing; an id with slashes makes folders below it, never outside.
-        colors: class colours.
-        encode: turns classes into the values that the data set's masks hold.
-        name: id of the image.
-        classes: `[H, W]`.
-    """
-    path = (folder / f"{name}.png").resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"{name}: the id would be written outside {folder}")
-    values = encode(classes.numpy())
-    palette = np.full((256, 3), 255, np.uint8)
-    palette[encode(np.arange(len(colors)))] = colors
-    picture = PIL.Image.fromarray(values).convert("L")
-    picture.putpalette(palette.flatten().tolist())
-    write_aside(path, lambda aside: picture.save(aside, format="PNG"))
 
 
 def save_overlays(
@@ -211,7 +141,6 @@ def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float, float
         axis.margins(x=0.3)
         axis.legend(fontsize="small")
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
-    pyplot.close(figure)
 
 
 def plot_partitions(
@@ -237,11 +166,10 @@ def plot_partitions(
         axis.set_title(title, fontsize="small")
         axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside it: lines may be many
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
-    pyplot.close(figure)
 
 
-def _panels(count: int, names: int = 0) -> tuple[pyplot.Figure, list[pyplot.Axes]]:
+def _panels(count: int, names: int = 0) -> tuple[Figure, list[Axes]]:
     """Return a figure of panels side by side, high enough for a legend of so many names."""
     height = max(4.5, 1 + names / 6)
-    figure, axes = pyplot.subplots(1, count, figsize=(6 * count, height), layout="constrained", squeeze=False)
-    return figure, list(axes[0])
+    figure = Figure(figsize=(6 * count, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])

@@ -71,7 +71,6 @@ def disagreements(networks: Sequence[Segmenter], images: Images, recipe: Recipe,
     Raises:
         UserError: an image cannot be read or predicted.
     """
-    first, second = networks
 
     def score(seen: list[Tensor], name: str) -> float:
         try:

@@ -106,7 +106,12 @@ class Registry(Generic[T]):
 
     def _load_builtin(self) -> None:
         while self._builtin:
-            importlib.import_module(self._builtin.pop())
+            module = self._builtin.pop()  # first: it may ask for an entry itself
+            try:
+                importlib.import_module(module)
+            except BaseException:
+                self._builtin.append(module)  # or whoever asks next is told of an unknown name
+                raise
 
     @functools.cached_property
     def _points(self) -> dict[str, list[EntryPoint]]:

@@ -1,5 +1,6 @@
 """Collect finished runs into cells (one recipe, several seeds) and lay those out as tables."""
 
+import collections
 import csv
 import dataclasses
 import io
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
-from mgd.files import read_json
+from mgd.files import absolute, read_json
 from mgd.gains import gain
 from mgd.recipe import Recipe, load
 from mgd.runs import read_metrics, shaping_keys
@@ -42,6 +43,8 @@ class Cell:
     """Of `backbone`, `head` and `total`, at the recipe's crop."""
     runs: list[FinishedRun]
     """By seed."""
+    place: str = ""
+    """Of a data set of one's own, its folder: the last part of the name, or all of it where that is ambiguous."""
 
     @property
     def title(self) -> str:
@@ -49,7 +52,7 @@ class Cell:
         data = self.recipe.data
         scale = "" if data.image_scale == 1 else f" at {data.image_scale:g} of full resolution"
         split = f" ({data.val_split})" if hasattr(data, "val_split") else ""
-        place = "" if type(data).same_everywhere else f" {Path(getattr(data, 'root', None) or '').name}".rstrip()
+        place = f" {self.place}" if self.place else ""
         return f"{data.name}{place}{split}{scale}, partitions: {self.recipe.partition.protocol}"
 
     @property
@@ -57,7 +60,8 @@ class Cell:
         """Name of the partition: what the recipe says, with both counts."""
         metrics, labeled = self.runs[0].metrics, self.recipe.partition.labeled
         name = "" if labeled is None else f"{labeled}: "
-        return f"{name}{metrics['num_labeled']} / {metrics['num_unlabeled']}"
+        unlabeled = metrics["num_unlabeled"]
+        return f"{name}{metrics['num_labeled']} / {'stream' if unlabeled is None else unlabeled}"
 
     @property
     def row_name(self) -> str:
@@ -157,6 +161,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
     for cell in cells.values():
         cell.runs.sort(key=lambda run: run.metrics["seed"])
+    _name_places(list(cells.values()))
     ordered = sorted(cells.values(), key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
     return ordered, left_out
@@ -265,8 +270,10 @@ def _bases(cells: Sequence[Cell]) -> dict[str, Cell]:
     bases = {}
     for cell in cells:
         for other in cells:
-            alike = (other.title, other.partition, other.recipe.method.name) == (
-                *(cell.title, cell.partition, cell.recipe.method.name),
+            alike = (
+                other.title == cell.title
+                and other.partition == cell.partition
+                and other.recipe.method.name == cell.recipe.method.name
             )
             if alike and cell.label.startswith(f"{other.label}_"):
                 bases[cell.label] = other
@@ -336,6 +343,15 @@ def _runs_below(folder: Path, depth: int, shut: list[Path]) -> list[Path]:
 
 def _of_one_run(key: str) -> bool:
     return key in _OF_ONE_RUN or (key.startswith("teachers.") and key.endswith(".checkpoint"))
+
+
+def _name_places(cells: Sequence[Cell]) -> None:
+    own = [cell for cell in cells if not type(cell.recipe.data).same_everywhere]
+    placed = [cell for cell in own if getattr(cell.recipe.data, "root", None)]
+    names = collections.Counter(Path(root).name for root in {absolute(cell.recipe.data.root) for cell in placed})
+    for cell in placed:
+        root = cell.recipe.data.root
+        cell.place = Path(root).name if names[Path(absolute(root)).name] == 1 else root
 
 
 def _tell_apart(cells: Sequence[Cell]) -> None:

@@ -28,6 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
+_PLACES = {"data": ("root", "val_root", "parquet"), "partition": ("labeled_list", "unlabeled_list")}
 UNLABELED = "unlabeled.json"
 """In a run folder, what it scores on its unlabelled images; see mgd/unseen.py."""
 
@@ -232,11 +233,16 @@ def recipe_differences(there: Mapping, here: Recipe) -> list[str]:
 
 
 def with_places(tables: Mapping) -> dict[str, Any]:
-    """Return the tables of a recipe with its images' places from the root of the file system, to be compared."""
-    data = tables.get("data")
-    if not isinstance(data, Mapping):
-        return dict(tables)
-    return {**tables, "data": data | {key: absolute(data[key]) for key in ("root", "val_root") if key in data}}
+    """Return the tables of a recipe with the places of images and lists from the root, to be compared."""
+    found = dict(tables)
+    for section, keys in _PLACES.items():
+        if isinstance(table := found.get(section), Mapping):
+            found[section] = table | {key: absolute(table[key]) for key in keys if key in table}
+    data = found.get("data")
+    if isinstance(data, Mapping) and isinstance(pool := data.get("unlabeled"), Mapping):
+        placed = {key: absolute(pool[key]) for key in ("parquet", "webdataset") if key in pool}
+        found["data"] = data | {"unlabeled": pool | placed}
+    return found
 
 
 def shaping_keys(recipe: Recipe) -> dict[str, Any]:

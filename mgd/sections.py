@@ -87,7 +87,7 @@ class DataSection(Section):
     """Every image and mask is first resized by this factor (0.5 = half resolution)."""
     crop: Annotated[int, Field(ge=32)] = 512
     """Side of the square training crop, pixels."""
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (
+    scales: Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)] = (
         0.5,
         0.75,
         1.0,
@@ -191,7 +191,7 @@ class TeacherCache(Section):
 
     folder: FolderName = "teacher_cache-s{seed}"
     """Folder of the cache below [run] output; `{seed}` in it stands for the seed."""
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)] = (1.0,)
     """Sizes at which the teachers see an image; of several, the mean of what they predict counts."""
     flip: bool = False
     """Let them see the mirrored image too."""
@@ -249,7 +249,7 @@ class Eval(Section):
     """Step of the window as a share of its side."""
     batch_size: Annotated[int, Field(gt=0, le=4096)] = 8
     """Images of one size predicted at once a process."""
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)] = (1.0,)
     """Test-time scales; of several, and of flip, the mean of the class probabilities counts."""
     flip: bool = False
     """Predict the mirrored image too."""

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,7 +151,7 @@ def _long(size: str) -> Iterator[tuple[str, str]]:
         note = f"MGD changed as in Table {row[-1]} of the paper, {LONG_TEACHERS}"
         yield _recipe(size, "1/16", "lite0", f"_long_{ablation}", note, paper.ablated(row, recipes, values))
     for key, recipe in recipes.items():
-        body = paper.METHOD["cwd"].replace(paper.BOTH, f'["{key}"]')
+        body = paper.replaced(paper.METHOD["cwd"], paper.BOTH, f'["{key}"]')
         note = f"the student by channel-wise distillation from one teacher, {key}, that learnt from labels alone"
         yield _recipe(size, "1/16", "lite0", f"_long_cwd_{key}", note, paper.teacher(key, recipe) + body)
 
@@ -224,9 +223,10 @@ def trained(size: str, network: str, body: str, steps: int) -> list[str]:
     """Return the sections from [student] to [optim]; `body`: the text of [teachers] and [method]."""
     is_teacher, numbers = network in TEACHERS, SIZES[size]
     backbone, pretrained = (TEACHERS[network], "true") if is_teacher else STUDENTS[network]
+    method = "[method]\n" + body.partition("[method]\n")[2].partition("\n")[0] + "\n"
     return [
         NETWORK.format(backbone=backbone, pretrained=pretrained, width=numbers["width"][not is_teacher]),
-        re.sub(r"(\[method\]\nname = .*\n)", rf"\1class_balance = {CLASS_BALANCE}\n", body),
+        paper.replaced(body, method, f"{method}class_balance = {CLASS_BALANCE}\n"),
         OHEM.format(min_kept=numbers["crop"] ** 2 * 2 // 25),
         OPTIM.format(lr=LEARNING_RATE, batch_size=numbers["batch_size"], steps=steps),
     ]

@@ -63,7 +63,7 @@ def _recipe(family: str, tail: str) -> str:
             "# Written by recipes/generate.py.\n",
             f'[run]\nname = "{family}{tail}-s{{seed}}"\n',
             DATA.format(crop=camvid_bench.SIZES[size]["crop"]),
-            *(text.replace(BALANCE, BALANCE_NOTE) for text in camvid_bench.trained(size, network, body, STEPS)),
+            paper.replaced("\n".join(camvid_bench.trained(size, network, body, STEPS)), BALANCE, BALANCE_NOTE),
             *baselines,
         ]
     )

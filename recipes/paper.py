@@ -131,14 +131,20 @@ def _plain(data: str, network: str, share: str, method: str, protocol: str = "cp
     return _recipe(name, data, network, share, protocol, body, (targets[place], table) if targets else None)
 
 
+def replaced(text: str, old: str, new: str) -> str:
+    """Return `text` with `new` for `old`, which must be there, once."""
+    assert text.count(old) == 1, f"{old!r} comes {text.count(old)} times in\n{text}"
+    return text.replace(old, new)
+
+
 def _compact(data: str, network: str) -> tuple[str, str]:
     """Return the MGD recipe of mbv2 at 1/8 with a light network in its place."""
     backbone, gmacs = COMPACT[network]
     _, text = _plain(data, "mbv2", "1/8", "mgd")
     name, size = f"{data}_{network}_1-8_compact", f"{gmacs} GMACs at 512x512, head and all"
-    body = text[text.index("\n[run]") :].replace(f"{data}_mbv2_1-8-s", f"{name}-s")
-    body = body.replace('backbone = "mobilenetv2_100"', f'backbone = "{backbone}"')
-    body = body.replace("channels = 256\n", f"channels = {COMPACT_WIDTH}\n", 1)
+    body = replaced(text[text.index("\n[run]") :], f"{data}_mbv2_1-8-s", f"{name}-s")
+    body = replaced(body, 'backbone = "mobilenetv2_100"', f'backbone = "{backbone}"')
+    body = replaced(body, "channels = 256\n", f"channels = {COMPACT_WIDTH}\n")
     return name, (
         f"# accelerate launch stages/distill.py --recipe recipes/{name}.toml\n"
         f"# For devices: {size}. No target: the paper has no such student. Cost: GPU hours, not measured here.\n"

@@ -36,13 +36,22 @@ from mgd.registry import METHODS  # noqa: E402
 from mgd.runs import device_name  # noqa: E402
 from mgd.sections import ModelSection  # noqa: E402
 
-SUITES = ("costs", "step", "terms", "eval", "data", "infer", "students")
+FLAGS = {
+    "costs": {"size"},
+    "step": {"batch", "precision", "compile", "repetitions"},
+    "terms": {"model", "repetitions"},
+    "eval": {"repetitions"},
+    "data": {"repetitions"},
+    "infer": {"size", "threads", "repetitions"},
+    "students": {"size", "threads", "repetitions", "target_ms", "backbones"},
+}
+"""What each suite reads of the command line, beside the recipe."""
 
 
 def main() -> None:
     """Count the networks that a recipe trains, and the teachers that it names."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
-    flags.add_argument("--suite", choices=SUITES, default="costs", help="what is measured (costs)")
+    flags.add_argument("--suite", choices=FLAGS, default="costs", help="what is measured (costs)")
     flags.add_argument("--batch", type=cli.at_least(2), default=2, help="step: labelled images, at least 2")
     flags.add_argument(
         "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="step: of ours (fp32)"
@@ -60,6 +69,9 @@ def main() -> None:
     flags.add_argument("--target-ms", type=float, default=30.0, help="students: milliseconds an image may take (30)")
     flags.add_argument("--backbones", nargs="+", default=inference.BACKBONES, help="students: timm names")
     args = flags.parse_args()
+    given = {key for key in set().union(*FLAGS.values()) if getattr(args, key) != flags.get_default(key)}
+    if odd := sorted(given - FLAGS[args.suite]):
+        raise UserError(f"--{odd[0].replace('_', '-')} does nothing for --suite {args.suite}; leave it out")
     recipe = load(args.recipe, args.set)
     if args.suite == "terms":
         return _terms(recipe, args)
@@ -103,7 +115,7 @@ def _teachers(recipe: Recipe) -> dict[str, ModelSection]:
 def _costs(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print parameters and operations of all networks, and those of a training step."""
     num_classes, teachers = len(recipe.data.class_names()), _teachers(recipe)
-    images = recipe.optim.batch_size * METHODS.get(recipe.method.name).forwards_per_label
+    images = recipe.optim.batch_size * METHODS.get(recipe.method.name).images_per_label
     for section in recipe.networks.values():
         bare = section.model_copy(update={"pretrained": False})
         check_trainable(bare, num_classes, images, recipe.data.crop, several_processes=False)

@@ -31,7 +31,8 @@ from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import enlarge, fingerprint, load_segmenter  # noqa: E402
 from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
-from mgd.plots import check_predictions, mark_predictions, overlay, save_prediction  # noqa: E402
+from mgd.plots import overlay  # noqa: E402
+from mgd.predictions import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load, parse_eval  # noqa: E402
 from mgd.sections import Eval  # noqa: E402
 

@@ -150,6 +150,20 @@ def test_where_data_lies_makes_no_other_run(name, change, same):
     assert (recipe_differences(load(path).to_dict(), load(path, [change])) == []) == same
 
 
+@pytest.mark.parametrize(
+    "key", ["data.parquet", "data.unlabeled.parquet", "data.unlabeled.webdataset", "partition.labeled_list"]
+)
+def test_one_place_is_one_whether_it_is_named_from_here_or_from_the_root(key):
+    path, sets = (
+        ROOT / "recipes" / "voc_r18_1-8.toml",
+        ["partition.protocol=files", "partition.unlabeled_list=rest.txt"],
+    )
+    sets += [] if key == "partition.labeled_list" else ["partition.labeled_list=some.txt"]
+    here, absolute, other = (load(path, [*sets, f"{key}={place}"]) for place in ("x", os.path.abspath("x"), "y"))
+    assert recipe_differences(here.to_dict(), absolute) == []
+    assert [line.split()[0] for line in recipe_differences(here.to_dict(), other)] == [key]
+
+
 def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     root = tmp_path / "mine"
 
@@ -269,6 +283,8 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
         write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
         needed_recipes(load(path))
+    write_recipe("deep.toml", run={"name": "deep-s{seed}"}, partition={"root": "lists"})
+    needed_recipes(load(path))  # the public lists are the same wherever they lie
     pool = {"unlabeled": {"parquet": "pool"}}  # which a supervised teacher does not see, and one by CPS does
     write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data=pool)
     needed_recipes(load(path))

@@ -6,7 +6,8 @@ import torch
 from mgd.data.public import Cityscapes
 from mgd.errors import UserError
 from mgd.pictures import colorize, evenly
-from mgd.plots import plot_partitions, save_prediction
+from mgd.plots import plot_partitions
+from mgd.predictions import save_prediction
 
 
 def test_predictions_are_palette_pngs_in_the_data_sets_own_values(tmp_path):

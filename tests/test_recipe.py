@@ -48,7 +48,7 @@ def test_a_recipe_of_cached_teachers_can_have_them_online(tmp_path):
         ("method.weight=1", "[method] weight: unknown key"),
         ("data.name=camvit", "[data] name: unknown data set 'camvit'; did you mean 'camvid'"),
         ("data.name=camvid", "[data] root: missing"),
-        ("data.scales=[1.0, 0.0]", "[data] scales = 0.0: should be greater than 0"),
+        ("data.scales=[1.0, 0.0]", "[data] scales = 0.0: should be greater than or equal to 0.01"),
         ("data.scales=[]", "[data] scales = []: "),
         ("partition.labeled=1/0", "[partition]: '1/0' is no fraction"),
         ("partition.labeled=0", "[partition]: 0 is no count"),

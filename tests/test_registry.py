@@ -35,6 +35,13 @@ def test_plugin_from_an_entry_point(monkeypatch):
     assert decorated.get("extra") is OrderedDict
 
 
+def test_a_module_of_ours_that_fails_to_import_is_named_every_time():
+    registry = Registry("thing", "mgd.things", ["no_such_module_here"])
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
+            registry.get("a")
+
+
 def test_plugin_that_fails_to_import_is_named(monkeypatch):
     _entry_point(monkeypatch, "no_such_module_here")
     with pytest.raises(UserError, match="plug-in 'extra' .*no_such_module_here.* fails to import"):

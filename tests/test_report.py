@@ -63,6 +63,24 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
     assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
 
 
+def test_data_sets_in_folders_of_one_name_stand_apart(fake_run, tmp_path):
+    for name, root in (("cats", "cats/mine"), ("dogs", "dogs/mine"), ("rust", "photos")):
+        path = fake_run(name, 0, 50.0) / "recipe.toml"
+        own = {"name": "folder", "root": root, "classes": ["no", "yes"], "crop": 32}
+        path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {"data": own}))
+    cells, _ = collect([tmp_path / "runs"])
+    assert sorted(tables(cells)) == [
+        f"folder {place}, partitions: random" for place in ("cats/mine", "dogs/mine", "photos")
+    ]
+
+
+def test_a_stream_of_unknown_length_is_called_so(fake_run, tmp_path):
+    path = fake_run("a", 0, 50.0) / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_unlabeled": None}))
+    (cell,), _ = collect([tmp_path / "runs"])
+    assert cell.partition == "4: 4 / stream"
+
+
 def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):
     for seed, plain, better in ((0, 50.0, 53.0), (1, 60.0, 61.0), (2, 40.0, 43.5)):
         fake_run("plain", seed, plain)

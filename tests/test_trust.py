@@ -15,7 +15,7 @@ from mgd.data.datasets import by_stem, default_colors
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.models.segmenter import build_segmenter, load_segmenter
-from mgd.plots import save_prediction
+from mgd.predictions import save_prediction
 from mgd.recipe import load
 
 SOURCES = [path for folder in ("mgd", "stages", "recipes") for path in (ROOT / folder).rglob("*.py")]

@@ -136,7 +136,7 @@ def _id_of(entry: str, known: Collection[str]) -> str:
     path = PurePosixPath(entry)
     parts = path.with_suffix("").parts if path.suffix.lower() in SUFFIXES else path.parts
     ends = ["/".join(parts[start:]).removesuffix("_leftImg8bit") for start in range(len(parts))]
-    return next((end for end in (entry, *ends) if end in known), path.stem)
+    return next((end for end in (entry, *ends) if end in known), entry)
 
 
 def _entries(section: Partition, data_name: str, file: str) -> list[str]:

@@ -266,11 +266,28 @@ class _Each(Dataset):
 
 
 def read_each(images: Images, order: Sequence[int], what: Callable[[Images, int], Any], workers: int) -> Iterator[Any]:
-    """Yield `what(images, index)` for the indices in `order`, computed by that many data loading processes."""
-    workers = min(workers, available_cpus()) if len(order) > 100 else 0  # processes take seconds to start
+    """Yield `what(images, index)`, as it is, of some images.
+
+    Args:
+        images: where they are.
+        order: the indices.
+        what: is called in a data loading process, if there are any.
+        workers: how many of these may be started; for a few images none is.
+    """
+    workers = min(workers, available_cpus()) if len(order) > 500 else 0  # processes take seconds to start
     return iter(
-        DataLoader(_Each(images, order, what), batch_size=None, num_workers=workers, worker_init_fn=start_worker)
+        DataLoader(
+            _Each(images, order, what),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=start_worker,
+        )
     )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def available_cpus() -> int:

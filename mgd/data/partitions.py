@@ -176,16 +176,17 @@ def _by_lists(
 
 def _balanced(drawn: Sequence[str], wanted: int, presence: Mapping[str, np.ndarray]) -> list[str]:
     """Take, again and again, the first drawn image that shows the class seen least so far."""
-    remaining, chosen = list(drawn), []
-    seen = np.zeros_like(presence[drawn[0]], dtype=np.int64)
+    shows = np.stack([presence[name] for name in drawn])  # [N, K]
+    left, remaining, seen = np.ones(len(drawn), bool), shows.sum(axis=0), np.zeros(shows.shape[1], np.int64)
+    chosen: list[str] = []
     while len(chosen) < wanted:
-        available = np.logical_or.reduce([presence[name] for name in remaining])
-        if not available.any():
-            chosen += remaining[: wanted - len(chosen)]
+        if not remaining.any():
+            chosen += [drawn[index] for index in np.flatnonzero(left)[: wanted - len(chosen)]]
             break
-        rarest = int(np.argmin(np.where(available, seen, np.iinfo(np.int64).max)))
-        pick = next(name for name in remaining if presence[name][rarest])
-        remaining.remove(pick)
-        chosen.append(pick)
-        seen += presence[pick]
+        rarest = int(np.argmin(np.where(remaining, seen, np.iinfo(np.int64).max)))
+        pick = int(np.argmax(left & shows[:, rarest]))
+        left[pick] = False
+        chosen.append(drawn[pick])
+        seen += shows[pick]
+        remaining -= shows[pick]
     return chosen

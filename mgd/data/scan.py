@@ -1,12 +1,12 @@
 """Reading every image once, before hours are spent on them."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mgd.data.loaders import Images, available_cpus, start_worker
+from mgd.data.loaders import Images, read_each
 from mgd.errors import UserError
 
 
@@ -21,23 +21,6 @@ class Findings(NamedTuple):
     """Widths and heights, pixels."""
 
 
-class _Reads(Dataset):
-    def __init__(self, images: Images, with_label: bool, share: range) -> None:
-        self.images, self.with_label, self.share = images, with_label, share
-
-    def __len__(self) -> int:
-        return len(self.share)
-
-    def __getitem__(self, place: int) -> tuple[str, str | None, np.ndarray | None, tuple[int, int] | None]:
-        index = self.share[place]
-        try:
-            image, label = self.images.read(index, self.with_label)
-        except UserError as error:
-            return self.images.ids[index], str(error), None, None
-        pixels = None if label is None else np.bincount(label.ravel(), minlength=256)
-        return self.images.ids[index], None, pixels, image.size
-
-
 def scan(images: Images, with_label: bool, workers: int, title: str, rank: int = 0, world_size: int = 1) -> Findings:
     """Decode this process's share of the images.
 
@@ -50,17 +33,10 @@ def scan(images: Images, with_label: bool, workers: int, title: str, rank: int =
         world_size: number of processes.
     """
     share = range(rank, len(images), world_size)
-    # Starting processes costs more than reading a few images.
-    workers = min(workers, available_cpus()) if len(share) > 500 else 0
-    loader = DataLoader(
-        _Reads(images, with_label, share),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=start_worker,
-        collate_fn=_as_it_is,
-    )
+    read = read_each(images, share, functools.partial(_look, with_label=with_label), workers)
+    bar = tqdm(read, total=len(share), desc=title, disable=None if rank == 0 else True, leave=False)
     problems, pixels, sizes = {}, np.zeros(256, np.int64), set()
-    for name, problem, counts, size in tqdm(loader, desc=title, disable=None if rank == 0 else True, leave=False):
+    for name, problem, counts, size in bar:
         if problem:
             problems[name] = problem
             continue
@@ -70,5 +46,13 @@ def scan(images: Images, with_label: bool, workers: int, title: str, rank: int =
     return Findings(problems, pixels, sizes)
 
 
-def _as_it_is(row: tuple) -> tuple:
-    return row
+def _look(
+    images: Images, index: int, with_label: bool
+) -> tuple[str, str | None, np.ndarray | None, tuple[int, int] | None]:
+    """Return id, what is wrong, labelled pixels by value `[256]`, and width and height of one image."""
+    try:
+        image, label = images.read(index, with_label)
+    except UserError as error:
+        return images.ids[index], str(error), None, None
+    pixels = None if label is None else np.bincount(label.ravel(), minlength=256)
+    return images.ids[index], None, pixels, image.size

@@ -70,7 +70,7 @@ class Method:
     num_networks: ClassVar[int] = 1
     uses_unlabeled: ClassVar[bool] = True
     needs_teachers: ClassVar[bool] = False
-    forwards_per_label: ClassVar[int] = 2
+    images_per_label: ClassVar[int] = 2
     """Images of one forward pass for each labelled image: what batch statistics are made of."""
     class_weights: Tensor | None = None
     """`[K]`, of the supervised loss; see `weigh_classes`."""

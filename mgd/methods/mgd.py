@@ -125,6 +125,9 @@ class MultiGranularity(Method):
             label: `[B, H, W]` of the labelled images.
             seen: what the teachers that the terms name say of them.
             padded: they say nothing of padding, which does not count.
+
+        Raises:
+            UserError: the student's features are coarser than the regions of L_R.
         """
         config = self.config
         labeled, mixed = output.logits.chunk(2)
@@ -147,6 +150,7 @@ class MultiGranularity(Method):
             )
             loss = loss + config.image.weight * log["loss_image"]
         if config.region.teachers:
+            _check_grid(features, config.region.grid, "the student")
             log["loss_region"] = sum(
                 losses.region_level(features, seen[name].features, config.region.grid)
                 for name in config.region.teachers
@@ -234,7 +238,9 @@ class MGD(MultiGranularity):
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
             if name in config.region.teachers:
-                features = losses.pool_regions(_mixed(outputs, "features", mask), config.region.grid)
+                features = _mixed(outputs, "features", mask)
+                _check_grid(features, config.region.grid, f"[teachers.{name}]")
+                features = losses.pool_regions(features, config.region.grid)
         return TeacherTargets(labeled, unlabeled, logits, features)
 
     def _wanted(self, name: str) -> list[str]:
@@ -264,6 +270,16 @@ def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weight
         totals = [supervised.total_weight(target, IGNORE_INDEX, weights) for target in targets]
         means = supervised.cross_entropies(logits, targets, IGNORE_INDEX, weights)
     return balance_processes(means, torch.stack(totals)).sum()
+
+
+def _check_grid(features: Tensor, grid: int, whose: str) -> None:
+    """Refuse features `[B, C, h, w]` of fewer cells than regions: some of these would be the same cells."""
+    if min(features.shape[-2:]) < grid:
+        height, width = features.shape[-2:]
+        raise UserError(
+            f"[method.region] grid = {grid} is finer than the {width} x {height} cells of the features of {whose}; "
+            "make it smaller, [data] crop larger, or choose a head with finer features"
+        )
 
 
 def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> TeacherTargets:

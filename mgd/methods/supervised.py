@@ -18,7 +18,7 @@ class Supervised(Method):
 
     Config = SupervisedConfig
     uses_unlabeled = False
-    forwards_per_label = 1
+    images_per_label = 1
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """Return the cross-entropy of the labelled batch."""

@@ -20,7 +20,7 @@ from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone, feature_maps
 from mgd.models.card import short_card
 from mgd.models.saved import FORMAT, find_model, read_config
-from mgd.pictures import colorize, rescale, to_rgb, to_tensor, upright
+from mgd.pictures import UNREADABLE, colorize, rescale, to_rgb, to_tensor, upright
 from mgd.recipe import parse_model
 from mgd.registry import HEADS
 from mgd.sections import ModelSection
@@ -153,15 +153,20 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             picture: is turned upright as its EXIF says.
 
         Raises:
-            UserError: not a PIL image, or the network cannot take a whole one of this size, say for want of memory.
+            UserError: not a PIL image, one that cannot be read, or the network cannot take a whole one of this size,
+                say for want of memory, or gives values that are no number.
         """
         if not isinstance(picture, PIL.Image.Image):
             raise UserError(f"predict takes a PIL image, as PIL.Image.open gives it, not {type(picture).__name__}")
         was_training = self.training
-        whole = to_rgb(upright(picture))
+        try:
+            whole = to_rgb(upright(picture))
+        except UNREADABLE as error:
+            raise UserError(f"the image cannot be read: {one_line(error)}") from error
         small, _ = rescale(whole, None, self.image_scale)
         try:
             logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
+            classes = enlarge(logits, whole.size[::-1]).argmax(dim=1)
         except (RuntimeError, AssertionError, ValueError) as error:  # timm asserts
             raise UserError(
                 f"{self.section.backbone} cannot predict a whole image of {small.width}x{small.height}: "
@@ -169,7 +174,7 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             ) from error
         finally:
             self.train(was_training)
-        classes = enlarge(logits, whole.size[::-1]).argmax(dim=1)
+        check_finite(logits)
         return self.prediction(classes[0].to(torch.uint8).cpu().numpy())
 
     def prediction(self, label: np.ndarray) -> Prediction:
@@ -243,6 +248,16 @@ def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
     if logits.shape[-2:] == size:
         return logits
     return functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+
+
+def check_finite(scores: Tensor) -> None:
+    """Refuse scores, of any shape, of which argmax would make class 0.
+
+    Raises:
+        UserError: some are no number.
+    """
+    if not scores.isfinite().all():
+        raise UserError("the network gives values that are no number; its weights are of no use")
 
 
 def build_segmenter(

@@ -1,3 +1,5 @@
+import hashlib
+
 import numpy as np
 import pytest
 
@@ -32,6 +34,23 @@ def test_balanced_choice_sees_the_rare_class():
     chosen = split(Partition(labeled=4, balanced=True), IDS, [], seed=0, presence=presence).labeled
     assert "image-057" in chosen
     assert sum(presence[name][1] for name in chosen) >= 1
+
+
+def test_balanced_choice_takes_the_first_drawn_image_of_the_class_seen_least():
+    rng = np.random.default_rng(0)
+    presence = {name: rng.random(6) < 0.3 * np.array([3, 1, 1, 0.3, 0.1, 0.0]) for name in IDS}
+    for wanted in (1, 7, 40, 99):
+        left = sorted(IDS, key=lambda name: hashlib.sha256(f"5:{name}".encode()).digest())
+        expected = []
+        while len(expected) < wanted:
+            seen = [sum(bool(presence[name][index]) for name in expected) for index in range(6)]
+            shown = [index for index in range(6) if any(presence[name][index] for name in left)]
+            rarest = min(shown, key=lambda index: seen[index]) if shown else None
+            pick = next(name for name in left if rarest is None or presence[name][rarest])
+            left.remove(pick)
+            expected.append(pick)
+        found = split(Partition(labeled=wanted, balanced=True), IDS, [], seed=5, presence=presence).labeled
+        assert found == tuple(sorted(expected))
 
 
 def test_more_than_there_are():

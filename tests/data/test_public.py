@@ -129,6 +129,9 @@ def test_tables_that_do_not_fit_are_one_line(voc, tmp_path):
     splits = load(id=["a", "b"], image=[image, image], label=[image, None])
     with pytest.raises(UserError, match="image b cannot be read: the table holds no image or no mask"):
         Images(splits.labeled, splits.decoder).read(1, True)
+    empty = load(id=["a", "b"], image=[image, {"bytes": None, "path": None}], label=[image, image])
+    with pytest.raises(UserError, match="image b cannot be read: the table holds no image"):
+        Images(empty.labeled, empty.decoder).read(1, True)
 
 
 def test_a_hub_data_set_takes_the_place_of_root(voc, monkeypatch):
@@ -161,6 +164,8 @@ def test_lists_name_images_by_id_or_path():
     entries = ["leftImg8bit/train/ulm/ulm_000002_000019_leftImg8bit.png", "/data/sub/d.png", "unlabeled/x.jpg", "a.b"]
     assert match(entries, ids, "list") == ["ulm_000002_000019", "sub/d", "unlabeled/x", "a.b"]
     assert match(["images/x.png"], ids, "list") == ["x"]
+    with pytest.raises(UserError, match="1 of 1 entries are no training image of .*: x.3"):
+        match(["x.3"], ids, "list")  # an id with a dot, which is not here
 
 
 def test_a_list_is_fetched_by_url_and_checked(tmp_path, monkeypatch):

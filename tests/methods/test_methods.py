@@ -14,7 +14,7 @@ from mgd.methods.cps import CPS, CPSConfig
 from mgd.methods.cwd import CWD, CWDConfig
 from mgd.methods.kd import KD, KDConfig
 from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
-from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm
+from mgd.methods.mgd import MGD, ImageTerm, MGDConfig, PixelTerm, RegionTerm, TeacherTargets
 from mgd.methods.supervised import Supervised, SupervisedConfig
 from mgd.models.segmenter import SegOutput
 
@@ -59,6 +59,21 @@ def test_mgd_is_equation_7(batch):
     second = torch.autograd.grad(expected, student.parameters())
     for mine, plain in zip(first, second, strict=True):
         assert torch.allclose(mine, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_regions_finer_than_the_features_are_refused(batch):
+    fine, coarse = Toy(0), Toy(1)
+    cells = min(fine(batch["image"]).features.shape[-2:])
+    for grid in (cells, cells + 1):
+        method = MGD(MGDConfig(region=RegionTerm(teachers=("wide",), grid=grid)), [fine], {"wide": coarse})
+        if grid == cells:
+            method.step(batch, 0)
+            continue
+        with pytest.raises(UserError, match=rf"grid = {grid} is finer than the {cells} x .* of \[teachers.wide\]"):
+            method.step(batch, 0)
+        seen = {"wide": TeacherTargets(features=torch.ones(2, 4, grid, grid))}  # of a cache
+        with pytest.raises(UserError, match=r"of the features of the student; make it smaller, \[data\] crop larger"):
+            method.student_loss(fine(torch.cat([batch["image"]] * 2)), batch["label"], seen, padded=True)
 
 
 def test_mgd_with_soft_labels_learns_from_probabilities(batch):

@@ -224,6 +224,12 @@ def test_predict_a_picture():
     assert model.predict(PIL.Image.new("L", (1, 1))).label.shape == (1, 1)
     with pytest.raises(UserError, match=r"takes a PIL image, as PIL\.Image\.open gives it, not str"):
         model.predict("photo.jpg")
+    with pytest.raises(UserError, match="the image cannot be read: it holds pixels that are no number"):
+        model.predict(PIL.Image.fromarray(np.full((8, 8), np.nan, np.float32)))
+    with torch.no_grad():
+        model.head.classifier.bias.fill_(torch.nan)
+    with pytest.raises(UserError, match="the network gives values that are no number; its weights are of no use"):
+        model.predict(picture)
 
 
 def test_loading_is_strict(tmp_path):

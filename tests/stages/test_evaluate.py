@@ -105,6 +105,8 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     for override in ("eval.flip=true", "data.image_scale=0.5"):
         otherwise = run_here(*flags, "--set", override)
         assert otherwise.returncode == 0 and f"not kept: {override.split('=')[0]}" in otherwise.stdout
+        noted = "learned from images at 1 of their size and sees these at 0.5" in otherwise.stdout
+        assert noted == ("image_scale" in override)
     odd = run_here(*flags, "--set", "optim.lr=3")
     assert odd.returncode == 2 and "--set optim.lr=3: of a trained model only data.*, eval.*, " in odd.stderr
     best = run_here("evaluate.py", "--model", run / "best", "--split", "unlabeled")

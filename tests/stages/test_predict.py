@@ -12,7 +12,7 @@ from mgd.errors import Stopped
 from mgd.inference import predict_logits
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.pictures import rescale, to_tensor
-from mgd.plots import save_prediction
+from mgd.predictions import save_prediction
 from mgd.recipe import parse_model
 from mgd.sections import Eval
 

@@ -1,0 +1,78 @@
+"""A folder of predicted masks: whose it is, and what is written into it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from torch import Tensor
+
+from mgd.errors import UserError
+from mgd.files import read_json, write_aside, write_json
+
+PREDICTIONS = "predictions.json"
+"""Marks a folder of predictions as ours."""
+
+
+def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str] = ("",)) -> None:
+    """Refuse a folder with files that no prediction of ours wrote: they may be masks that somebody painted.
+
+    Args:
+        folder: where predictions shall go.
+        mark: what they are of, as `mark_predictions` writes it.
+        below: folders in it that will hold them.
+
+    Raises:
+        UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model,
+            other weights or other images.
+    """
+    try:
+        found = read_json(folder / PREDICTIONS, ("model", "files"))
+        ours = found.keys() <= {*mark, "files"}
+    except UserError:
+        ours = False
+    if ours and (other := [key for key in mark if found.get(key) != mark[key]]):  # they could not be told apart
+        what = f"other {other[0]}: {found.get(other[0], 'unknown')}"
+        what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
+        raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
+    for place in [] if ours else [folder / name for name in below]:
+        if place.is_dir() and any(place.iterdir()):
+            raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
+
+
+def mark_predictions(folder: Path, mark: Mapping[str, str], files: int) -> None:
+    """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
+
+    Args:
+        folder: of the predictions.
+        mark: what they are of: `model`, its folder; `weights`, their fingerprint; `images`, the split or the place.
+        files: images that are to be predicted.
+    """
+    write_json(folder / PREDICTIONS, {**mark, "files": files})
+
+
+def save_prediction(
+    folder: Path,
+    colors: Sequence[tuple[int, int, int]],
+    encode: Callable[[np.ndarray], np.ndarray],
+    name: str,
+    classes: Tensor,
+) -> None:
+    """Save predicted classes as a palette PNG below `folder`.
+
+    Args:
+        folder: made when missing; an id with slashes makes folders below it, never outside.
+        colors: class colours.
+        encode: turns classes into the values that the data set's masks hold.
+        name: id of the image.
+        classes: `[H, W]`.
+    """
+    path = (folder / f"{name}.png").resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{name}: the id would be written outside {folder}")
+    values = encode(classes.numpy())
+    palette = np.full((256, 3), 255, np.uint8)
+    palette[encode(np.arange(len(colors)))] = colors
+    picture = PIL.Image.fromarray(values).convert("L")
+    picture.putpalette(palette.flatten().tolist())
+    write_aside(path, lambda aside: picture.save(aside, format="PNG"))
