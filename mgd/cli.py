@@ -85,7 +85,11 @@ def _writable(text: str, folder: Path) -> str:
 
 
 def start(recipe: Recipe) -> Accelerator:
-    """Return the accelerator, with CPU threads and seed set and the libraries' chatter off."""
+    """Return the accelerator, with CPU threads and seed set and the libraries' chatter off.
+
+    Raises:
+        UserError: the launcher asks for what runs here do not do.
+    """
     accelerator = Accelerator()
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError("--gradient_accumulation_steps is not used here; [optim] batch_size is the whole batch")

@@ -24,7 +24,7 @@ class Cost(NamedTuple):
 
 
 def count(module: nn.Module, image: torch.Tensor) -> Cost:
-    """Count one module in eval mode; module and image may live on the meta device."""
+    """Count one module in eval mode; it and the image, `[B, 3, H, W]`, may live on the meta device."""
     elements = 0
 
     def add(_: nn.Module, __: tuple, output: torch.Tensor) -> None:

@@ -299,7 +299,14 @@ def _finish(
 def predict_samples(
     network: nn.Module, images: Images, indices: Sequence[int], recipe: Recipe, device: torch.device
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Predict some images with the recipe's `[eval]`.
+    """Predict some images.
+
+    Args:
+        network: segmenter, on `device`.
+        images: with labels.
+        indices: which of them.
+        recipe: its `[eval]` says how.
+        device: where to compute.
 
     Returns:
         Of each: image `[H, W, 3]` uint8, label `[H, W]` and predicted classes `[H, W]`.

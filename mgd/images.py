@@ -18,7 +18,14 @@ def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:
 def training_pairs(
     recipe: Recipe, splits: Splits, partition: Split, targets: CachedTargets | None = None
 ) -> TrainingPairs:
-    """Return the samples of a run, but for a stream's images; `targets`: of cached teachers."""
+    """Return the samples of a run, but for a stream's images.
+
+    Args:
+        recipe: of the run.
+        splits: its data.
+        partition: which images of these are labelled and unlabelled.
+        targets: what cached teachers said, if there are any.
+    """
     labeled = Images(rows_of(splits.labeled, partition.labeled), splits.decoder, recipe.data.image_scale)
     if not METHODS.get(recipe.method.name).uses_unlabeled or partition.streamed:
         return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)

@@ -83,6 +83,12 @@ def check_folders(recipes: Mapping[str, Recipe]) -> None:
 def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: bool) -> None:
     """Refuse to distil from a run that sees other labels, and a baseline that is another student.
 
+    Args:
+        recipe: of the student.
+        other: of the teacher or baseline.
+        title: what to call it in messages.
+        is_baseline: which of the two it is.
+
     Raises:
         UserError: a key that must agree does not, naming it and both values.
     """

@@ -28,7 +28,7 @@ def build_optimizer(section: Optim, networks: Iterable[nn.Module]) -> torch.opti
 
 
 def poly_lr(section: Optim, step: int, total_steps: int) -> float:
-    """Learning rate of a step: lr * (1 - step / total_steps) ** power."""
+    """Learning rate of a step, counted from 0: lr * (1 - step / total_steps) ** power."""
     return section.lr * (1 - step / total_steps) ** section.power
 
 
@@ -37,6 +37,11 @@ def total_steps(section: Optim, num_labeled: int, num_unlabeled: int | None) -> 
 
     An epoch is a pass over the larger of the two sets; it does not depend on the method, so all
     methods train equally long.
+
+    Args:
+        section: `[optim]`, which has steps or epochs.
+        num_labeled: images.
+        num_unlabeled: images; None of a stream of unknown length.
 
     Raises:
         UserError: epochs over a stream of unknown length.

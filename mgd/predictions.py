@@ -66,6 +66,9 @@ def save_prediction(
         encode: turns classes into the values that the data set's masks hold.
         name: id of the image.
         classes: `[H, W]`.
+
+    Raises:
+        UserError: the id leads out of the folder, or it cannot be written.
     """
     path = (folder / f"{name}.png").resolve()
     if not path.is_relative_to(folder.resolve()):

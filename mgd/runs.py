@@ -268,6 +268,13 @@ def keep_best(folder: Path, network: nn.Module, recipe: Recipe, step: int, miou:
     """Keep the weights of the highest val mIoU so far in `best/`, apart from `model/`, the last ones.
 
     Being chosen on the images that it is reported on, this result is optimistic.
+
+    Args:
+        folder: of the run.
+        network: segmenter.
+        recipe: of the run.
+        step: after which `miou` was measured.
+        miou: on val, %.
     """
     there = best_so_far(folder)
     if there is None or miou > there["miou"]:

@@ -55,7 +55,7 @@ def train(
         method: its networks and layers are trained.
         pairs: the samples of the run.
         pool: the stream of unlabelled images, if any.
-        recipe: the run; `[run]`, `[optim]`, `[eval] every` and `[data] workers` are used.
+        recipe: the run; `[run]`, `[optim]`, `[eval] every` and, of `[data]`, `workers` and `on_error` are used.
         num_steps: optimiser steps of the whole run.
         accelerator: device, processes and precision.
         folder: run folder; `metrics.jsonl` and `checkpoint/` are written.

@@ -240,7 +240,17 @@ def cached_views(
 
 
 def random_batch(size: int, crop: int, num_classes: int, device: torch.device) -> dict[str, Tensor]:
-    """Return noise in the shape of a batch."""
+    """Return noise in the shape of a batch.
+
+    Args:
+        size: B, labelled images.
+        crop: C, side of a crop, pixels.
+        num_classes: K.
+        device: where it shall lie.
+
+    Returns:
+        `image`, `unlabeled`, `mix` `[B, 3, C, C]` uint8, `label` `[B, C, C]` int64, `mask` `[B, 1, C, C]` bool.
+    """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (3, size, 3, crop, crop), generator=generator, dtype=torch.uint8)
     batch = dict(zip(("image", "unlabeled", "mix"), pixels, strict=True))

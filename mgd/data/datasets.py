@@ -281,7 +281,11 @@ def existing_folder(path: str | Path, what: str) -> Path:
 
 
 def by_stem(folder: Path) -> dict[str, Path]:
-    """Map relative path without suffix -> file, for the image files below a folder."""
+    """Map relative path without suffix -> file, for the image files below a folder.
+
+    Raises:
+        UserError: two share it, a name is no text, or a folder cannot be read.
+    """
     found: dict[str, Path] = {}
     for path in pictures_below(folder):
         place = path.relative_to(folder)

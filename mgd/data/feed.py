@@ -51,7 +51,16 @@ class Feed:
                 self.places = dict.fromkeys(range(self.readers), Place(epoch))
 
     def batches(self, start: int, stop: int, batch_size: int) -> Iterator[dict]:
-        """Yield this process's part of the batch of each step from `start`, and note where the stream is."""
+        """Yield this process's part of the batch of each step, and note where the stream is.
+
+        Args:
+            start: the first step.
+            stop: the one after the last.
+            batch_size: of all processes.
+
+        Raises:
+            UserError: a data worker died, or an image cannot be read.
+        """
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         sampler = StepSampler(start, stop, batch_size, rank, world_size)
         loader = self._loader(sampler, pin_memory=self.accelerator.device.type == "cuda")

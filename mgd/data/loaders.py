@@ -142,7 +142,16 @@ class TrainingPairs(Dataset):
         return self.sample(position, pair)
 
     def sample(self, position: int, pair: Mapping[str, tuple[str, PIL.Image.Image]]) -> dict[str, torch.Tensor | str]:
-        """Return a sample with these unlabelled images, `unlabeled` and `mix`: name and RGB image."""
+        """Return a sample of one labelled and some unlabelled images.
+
+        Args:
+            position: p, which draws the labelled image and what is seen of each.
+            pair: `unlabeled` and `mix`, name and RGB image of each; or none.
+
+        Returns:
+            `id`, `image` `[3, C, C]` uint8 and `label` `[C, C]` int64, C being the crop; with a pair `unlabeled`, `mix`
+            `[3, C, C]`, their `_id`s and `mask` `[1, C, C]` bool; and what cached teachers said of each.
+        """
         name, image, label = self._read(self.labeled, LABELED, position)
         sample = {"id": name, **self._seen("image", name, image, LABELED, position)}
         sample["image"], sample["label"] = self._augment(image, label, LABELED, position)
@@ -177,7 +186,14 @@ class TrainingPairs(Dataset):
         return augment(image, label, self.section.crop, self.view(*image.size, stream, position))
 
     def view(self, width: int, height: int, stream: int, position: int) -> View:
-        """Return what the sample at `position` shows of its image of this size; `stream`: LABELED, UNLABELED or MIX."""
+        """Return what a sample shows of one of its images.
+
+        Args:
+            width: of the image, pixels.
+            height: of the image, pixels.
+            stream: LABELED, UNLABELED or MIX.
+            position: p, of the sample.
+        """
         section = self.section
         return _view((self.seed, stream, position), (width, height), section.crop, section.scales, section.flip)
 
@@ -216,7 +232,17 @@ class StepSampler(Sampler[list[int]]):
 
 
 def training_loader(pairs: TrainingPairs, sampler: StepSampler, workers: int, pin_memory: bool) -> DataLoader:
-    """Return the loader of one run: a dict of `[b, ...]` tensors a step, b = this process's part."""
+    """Return the loader of one run.
+
+    Args:
+        pairs: the samples.
+        sampler: which of them are this process's part of each step.
+        workers: data loading processes; no more than there are cores or steps.
+        pin_memory: for a GPU.
+
+    Returns:
+        Of a dict a step: what `TrainingPairs.sample` returns, stacked to `[b, ...]`; of names a list.
+    """
     return DataLoader(
         pairs,
         batch_sampler=sampler,
@@ -243,7 +269,15 @@ class EvaluationImages(Dataset):
 
 
 def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world_size: int) -> DataLoader:
-    """Return a loader of this process's share of the images: lists of `EvaluationImages` items."""
+    """Return a loader of this process's share of the images: lists of `EvaluationImages` items.
+
+    Args:
+        images: with labels.
+        batch_size: items of one list.
+        workers: data loading processes; no more than there are cores or images.
+        rank: number of this process.
+        world_size: number of processes.
+    """
     share = list(range(rank, len(images), world_size))
     return DataLoader(
         torch.utils.data.Subset(EvaluationImages(images), share),

@@ -51,7 +51,7 @@ class Findings(NamedTuple):
 
 
 def pixels_of(sample: Sample, target: Target) -> np.ndarray:
-    """Return what a file takes for a sample: its size is changed unless the file takes it."""
+    """Return what a file takes for a sample, `[1, 3, H, W]` of its type: resized unless the file takes its size."""
     pixels = sample.pixels[None].float()
     if not target.dynamic or not all(LEAST_SIDE <= side <= GREATEST_SIDE for side in pixels.shape[-2:]):
         size = (target.height, target.width)

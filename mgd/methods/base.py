@@ -223,8 +223,11 @@ def balance_processes(local_mean: Tensor, count: Tensor) -> Tensor:
     something else on one process and on two.
 
     Args:
-        local_mean: mean over this process's items; of several means, as many numbers.
-        count: number of this process's items, or the sum of their weights, of each mean.
+        local_mean: `[]` or `[N]`: mean, or several, over this process's items.
+        count: likewise, the number of these items, or the sum of their weights.
+
+    Returns:
+        As `local_mean`.
     """
     if (world_size := num_processes()) == 1:
         return local_mean

@@ -98,14 +98,22 @@ class MultiGranularity(Method):
     """`[K]`, of L_P; see `weigh_classes`."""
 
     def weigh_classes(self, pixels: Tensor) -> None:
-        """Set the weights that `[method] class_balance` and `[method.pixel] class_balance` ask for, see `Method`."""
+        """Set the weights that `[method] class_balance` and `[method.pixel] class_balance` ask for.
+
+        Args:
+            pixels: `[K]`, labelled pixels of each class.
+        """
         super().weigh_classes(pixels)
         if self.config.pixel.class_balance:
             self.pixel_weights = supervised.class_weights(pixels, self.config.pixel.class_balance)
 
     @classmethod
     def check_terms(cls, config: TermsSection, teachers: tuple[str, ...]) -> set[str]:
-        """Check that every term names teachers that exist; return the names of all that are used."""
+        """Check that every term names teachers that exist; return the names of all that are used.
+
+        Raises:
+            UserError: one does not, or there is nothing to weigh.
+        """
         used: set[str] = set()
         for term in ("pixel", "image", "region"):
             names = getattr(config, term).teachers
@@ -184,7 +192,11 @@ class MGD(MultiGranularity):
 
     @classmethod
     def check_cached(cls, config: MGDConfig, crop: int, cell: int) -> None:
-        """Check that nothing is asked of cached teachers that they do not know."""
+        """Check that nothing is asked of cached teachers that they do not know.
+
+        Raises:
+            UserError: of mixed images, or of regions finer than what is kept.
+        """
         if config.remix == "images" and (config.image.teachers or config.region.teachers):
             raise UserError(
                 'remix = "images" asks the teachers for the mixed images, which are not cached; set [method] remix = '

@@ -127,7 +127,17 @@ def conv_block(
     groups: int = 1,
     kind: type[nn.Conv2d] = nn.Conv2d,
 ) -> nn.Sequential:
-    """Return convolution, norm ("batch" or "group") and ReLU, of stride 1 and the size of the input."""
+    """Return convolution, norm and ReLU: `[B, inputs, H, W]` to `[B, outputs, H, W]`.
+
+    Args:
+        inputs: channels.
+        outputs: channels.
+        kernel: its side, odd.
+        norm: "batch" or "group".
+        dilation: of the kernel.
+        groups: of the convolution.
+        kind: class of the convolution.
+    """
     padding = dilation * (kernel // 2)
     # At least 8 channels a group: the pooled branch is 1x1, and one value cannot be normalised.
     norm_groups = next((g for g in (32, 16, 8, 4, 2) if outputs % g == 0 and outputs // g >= 8), 1)

@@ -268,7 +268,19 @@ def build_segmenter(
     image_scale: float = 1.0,
     crop: int | None = None,
 ) -> Segmenter:
-    """Build a segmenter for training; `seed` draws whatever is not pretrained. The rest is as of `Segmenter`."""
+    """Build a segmenter for training.
+
+    Args:
+        section: backbone and head.
+        classes: names, K of them.
+        colors: one a class.
+        seed: draws whatever is not pretrained.
+        image_scale: factor of the images that it is trained on.
+        crop: side of the training crop, pixels.
+
+    Raises:
+        UserError: see `build_backbone`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Segmenter(section, classes, colors, section.pretrained, image_scale, crop)
