@@ -22,6 +22,7 @@ from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
+from mgd.metrics import FEW_IMAGES
 from mgd.models.trial import check_trainable
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
@@ -67,8 +68,9 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
         masks = _mask_sums(rows_of(splits.labeled, labeled), rows_of(splits.val, val))
         if painted := repainted(there.masks, masks):
             raise UserError(
-                f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; train it anew: "
-                f"{recipe.command} --restart, or keep it and write elsewhere (--set run.output=...)"
+                f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; keep it and "
+                "write elsewhere (--set run.output=..., where teachers and baselines follow), or train it anew: "
+                f"{recipe.command} --restart"
             )
     return done
 
@@ -190,9 +192,9 @@ def _check_images(
     if unseen:
         hint = " (255 is ignored: is it painted 255? then give data.colors)" if pixels["labelled"][255] else ""
         accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
-    if len(splits.val) - len(problems["validation"]) < 20:
-        count = len(splits.val) - len(problems["validation"])
-        accelerator.print(f"note: {count} validation image(s); below 20 the mIoU is a rough guide", flush=True)
+    if (count := len(splits.val) - len(problems["validation"])) < FEW_IMAGES:
+        note = f"note: {count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide"
+        accelerator.print(note, flush=True)
     val = [name for name in splits.val["id"] if name not in problems["validation"]]
     splits = dataclasses.replace(splits, val=rows_of(splits.val, val))
     first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]

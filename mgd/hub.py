@@ -15,6 +15,7 @@ from mgd.complexity import model_costs
 from mgd.errors import UserError, one_line
 from mgd.files import write_aside, write_json, write_text
 from mgd.markdown import markdown
+from mgd.metrics import FEW_IMAGES
 from mgd.models.card import TAGS, assembled, front_matter, hex_color, plain, usage
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.portable import is_local, portable, portable_command
@@ -133,7 +134,8 @@ def model_card(run: FinishedRun, repo: str, license: str | None = None) -> str:
         "## Classes and results",
         markdown(_class_rows(run)),
         f"IoU on {metrics['num_val']} val images, of the last weights of the run. A dash: neither labelled nor "
-        "predicted, and left out of the mean." + (" So few images make it a rough guide." * (metrics["num_val"] < 20)),
+        "predicted, and left out of the mean."
+        + (" So few images make it a rough guide." * (metrics["num_val"] < FEW_IMAGES)),
         "## Training",
         markdown(facts),
         f"```sh\n{portable_command(metrics['command'])}\n```",

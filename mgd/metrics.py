@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEW_IMAGES = 20
+"""Of fewer validation images the mIoU is a rough guide."""
+
 
 class Scores(NamedTuple):
     """Scores of a confusion matrix, in percent; NaN for a class that is nowhere."""

@@ -15,6 +15,7 @@ from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
 from mgd.files import absolute, read_json
 from mgd.gains import gain
+from mgd.metrics import FEW_IMAGES
 from mgd.recipe import Recipe, load
 from mgd.runs import read_metrics, shaping_keys
 from mgd.unseen import read_unlabeled
@@ -281,12 +282,14 @@ def _bases(cells: Sequence[Cell]) -> dict[str, Cell]:
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """Say where runs that stand side by side were not given the same budget, or are of several versions of ours."""
+    """Say where runs that stand side by side had not one budget, are of several versions, or of few val images."""
     lines = []
     for cell in cells:
         versions = {str(run.metrics.get("versions", {}).get("mgd")) for run in cell.runs}
         if len(versions) > 1:
             lines.append(f"{cell.label}: runs of mgd {', '.join(sorted(versions))}, whose results may differ")
+        if (count := cell.runs[0].metrics["num_val"]) < FEW_IMAGES:
+            lines.append(f"{cell.label}: {count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide")
     for title, members in by_title(cells).items():
         groups: dict[tuple[str, str], list[Cell]] = {}
         for cell in members:

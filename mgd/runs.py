@@ -51,9 +51,9 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     differences = recipe_differences(there, recipe)
     if differences and something_to_lose:
         raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give this one another name "
-            '(--set "run.name=NAME-s{seed}") or folder (--set run.output=..., where teachers and baselines follow), or '
-            f"start anew in it, which deletes what is there: {recipe.command} --restart"
+            f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give what you start another name "
+            'by --set "run.name=NAME-s{seed}", which baselines follow, or folder by --set run.output=..., which '
+            f"teachers follow, too; or start anew in this one, which deletes what is there: {recipe.command} --restart"
         )
     if not path.exists() or not all(
         (folder / "model" / name).exists() for name in ("config.json", "model.safetensors")
@@ -305,10 +305,11 @@ def device_name(device: torch.device) -> str:
     """Name of the GPU, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads, {_processor()}"
+    return f"cpu, {torch.get_num_threads()} threads, {processor()}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     try:
         facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

@@ -56,7 +56,9 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
             say(f"note: {len(shown)} images are left out, as [teachers.{name}] learned from their masks")
             names -= shown
     if not names:
-        raise UserError(f"{run}: no image is left that it had without a mask and [data] has with one")
+        raise UserError(
+            f"{run}: it, or a teacher of it, was shown all masks that [data] has; no image is left to score"
+        )
     return rows_of(splits.labeled, names)
 
 

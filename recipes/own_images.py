@@ -59,7 +59,7 @@ def _recipe(family: str, tail: str) -> str:
             f"# accelerate launch stages/{stage}.py --recipe recipes/{family}{tail}.toml\n"
             f"# Your own images{where}: the {title}.\n"
             "# The settings of the CamVid benchmark; no target of its own. "
-            f"There, at {camvid_bench.PIXELS[size]}: {reached}.\n"
+            f"There, at {camvid_bench.PIXELS[size]}, this run alone: {reached}.\n"
             "# Written by recipes/generate.py.\n",
             f'[run]\nname = "{family}{tail}-s{{seed}}"\n',
             DATA.format(crop=camvid_bench.SIZES[size]["crop"]),

@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
-import torch  # noqa: E402
 from accelerate.utils import send_to_device  # noqa: E402
 
 from mgd import cli  # noqa: E402
@@ -33,7 +32,7 @@ from mgd.models.trial import check_trainable  # noqa: E402
 from mgd.needed import trained_teachers  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.registry import METHODS  # noqa: E402
-from mgd.runs import device_name  # noqa: E402
+from mgd.runs import device_name, processor  # noqa: E402
 from mgd.sections import ModelSection  # noqa: E402
 
 FLAGS = {
@@ -139,7 +138,7 @@ def _latencies(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.size and len(args.size) > 1:
         raise UserError(f"--suite {args.suite} takes one --size")
     classes, size = len(recipe.data.class_names()), args.size[0] if args.size else recipe.data.crop
-    where = f"{size}x{size}, batch 1, {args.threads} thread(s), ONNX Runtime on {device_name(torch.device('cpu'))}"
+    where = f"{size}x{size}, batch 1, {args.threads} thread(s), ONNX Runtime on {processor()}"
     if args.suite == "infer":
         cli.print_rows(inference.suite(recipe.student, classes, size, args.threads, args.repetitions), args.json)
         print(f"{where}; medians of {args.repetitions} rounds in turns; ratio: reference / ours")

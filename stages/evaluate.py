@@ -92,7 +92,10 @@ def main() -> None:
     cli.print_table(accelerator, rows, args.json)
     if absent:
         accelerator.print(f"neither labelled nor predicted, left out of the mean: {', '.join(absent)}")
-    accelerator.print(f"{len(images)} {what} images, {recipe.eval.mode}, image_scale {recipe.data.image_scale}")
+    how = [f"scales {', '.join(f'{scale:g}' for scale in recipe.eval.scales)}"] if recipe.eval.scales != (1.0,) else []
+    how += ["flip"] if recipe.eval.flip else []
+    how.append(f"image_scale {recipe.data.image_scale}")
+    accelerator.print(", ".join([f"{len(images)} {what} images", recipe.eval.mode, *how]))
     if args.split == "unlabeled" and accelerator.is_main_process:
         print(keep_unlabeled(folder, recipe, result, len(images)))
 

@@ -114,7 +114,8 @@ def main() -> None:
         facts = {"format": args.format, "backbone": model.section.backbone, "head": model.section.head.name}
         facts |= {"height": size[0], "width": size[1]} | marks
         facts |= {"classes": list(model.classes), "image_scale": model.image_scale, "fingerprint": fingerprint(model)}
-        where = {"device": device_name(torch.device("cpu")), "platform": platform.machine(), "versions": versions()}
+        where = {"device": device_name(torch.device("cpu")), "platform": platform.machine()}
+        where["versions"] = versions() | exporter.versions()
         described = f"{name}.json"
         write_json(Path(aside) / described, facts | row | {"threads": args.threads, "notes": notes} | where)
         final = output / name

@@ -114,7 +114,8 @@ def trained_on(run, name):
     """Copy a run; its weights are others."""
     folder = altered(run, name)
     path = folder / "model" / "model.safetensors"
-    save_file({key: tensor + 1 for key, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    tensors = {key: tensor * 1.5 if tensor.is_floating_point() else tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
     return folder
 
 

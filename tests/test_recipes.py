@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from mgd.models.segmenter import build_segmenter
 from mgd.models.trial import check_trainable
 from mgd.needed import check_folders, needed_recipes
 from mgd.recipe import load
+from mgd.runs import recipe_differences
 
 PAPER = ROOT.parent / "shared" / "reference" / "paper_tables.toml"
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -242,3 +246,21 @@ def test_compact_students_are_light(path):
     cost = model_costs(section, 21, 512)["total"].gmacs
     assert cost <= 3 and cost * 7 <= model_costs(dense, 21, 512)["total"].gmacs
     assert f"For devices: {cost:.1f} GMACs at 512x512" in path.read_text()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_the_trial_of_the_readme_is_the_same_four_runs_in_a_few_steps(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    script = textwrap.dedent(
+        text[text.index("  mkdir trial\n") : text.index("  python stages/distill.py --recipe trial/")]
+    )
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    whole, trial = (load(f"{folder}/folder_cpu.toml") for folder in ("recipes", "trial"))
+    runs = zip((whole, *needed_recipes(whole).values()), (trial, *needed_recipes(trial).values()), strict=True)
+    for mine, short in runs:
+        assert short.run.name == mine.run.name.replace("folder_cpu", "trial")
+        differing = {line.split()[0] for line in recipe_differences(mine.to_dict(), short)}
+        assert differing - {"teachers.deep.recipe", "teachers.wide.recipe"} == {"run.name", "optim.steps"}
+        assert short.optim.steps == 20

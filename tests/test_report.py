@@ -34,7 +34,11 @@ def fake_run(write_recipe, tmp_path):
         place = tmp_path / folder / f"{name}-s{seed}"
         place.mkdir(parents=True)
         (place / "recipe.toml").write_text(recipe.to_toml())
-        counts = {"num_labeled": recipe.partition.labeled, "num_unlabeled": 12 - recipe.partition.labeled, "num_val": 5}
+        counts = {
+            "num_labeled": recipe.partition.labeled,
+            "num_unlabeled": 12 - recipe.partition.labeled,
+            "num_val": 25,
+        }
         metrics = {"miou": miou, **counts, "seed": seed, "seconds": 60.0, "steps": 4}
         (place / "metrics.json").write_text(json.dumps(metrics))
         return place
@@ -74,11 +78,15 @@ def test_data_sets_in_folders_of_one_name_stand_apart(fake_run, tmp_path):
     ]
 
 
-def test_a_stream_of_unknown_length_is_called_so(fake_run, tmp_path):
+def test_a_stream_of_unknown_length_and_few_validation_images_are_called_so(fake_run, tmp_path):
     path = fake_run("a", 0, 50.0) / "metrics.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_unlabeled": None}))
     (cell,), _ = collect([tmp_path / "runs"])
     assert cell.partition == "4: 4 / stream"
+    assert notes([cell]) == []
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_val": 5}))
+    (cell,), _ = collect([tmp_path / "runs"])
+    assert notes([cell]) == ["a: 5 validation image(s); below 20 the mIoU is a rough guide"]
 
 
 def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):

@@ -231,7 +231,12 @@ class Folder(DataSection):
                 raise UserError(f"[data] {problem}")
 
     def _pairs(self, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-        images, masks = self.images(root), by_stem(existing_folder(root / "masks", "masks"))
+        images, folder = self.images(root), root / "masks"
+        if not folder.is_dir():
+            raise UserError(
+                f"the folder {folder} does not exist; stages/choose.py says which images to paint masks for"
+            )
+        masks = by_stem(folder)
         orphans = sorted(masks.keys() - images.keys())
         if orphans:
             raise UserError(f"{root}: masks without an image of the same stem: {some(orphans)}")

@@ -1,6 +1,7 @@
 """What is exported, and what an exporter of a format does."""
 
 import copy
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -188,6 +189,12 @@ class Exporter:
         if missing := [name for name in self.packages if importlib.util.find_spec(name) is None]:
             command = f'pip install -e ".[{self.extra}]"' if self.extra else f"pip install {missing[0]}"
             raise UserError(f"{missing[0]} is not installed; {command}")
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages, by the names under which they are installed."""
+        owners = importlib.metadata.packages_distributions()
+        names = {owners[name][0] for name in self.packages if name in owners}
+        return {name: importlib.metadata.version(name) for name in sorted(names)}
 
     def write(self, network: Deployed, target: Target, path: Path, int8: Int8 | None = None) -> None:
         """Write the network to `path`.

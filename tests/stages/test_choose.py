@@ -205,7 +205,10 @@ def test_photos_without_a_mask_then_with_some(photos, choose, train, tmp_path, m
         assert (tmp_path / image).is_file() and mask.startswith("mine/masks/") and mask.endswith(".png")
     assert any("unlabeled/film/" in line for line in chosen) and any("mine/images/" in line for line in chosen)
 
-    assert train(recipe, "first") == (2, "error: masks: the folder mine/masks does not exist")
+    assert train(recipe, "first") == (
+        2,
+        "error: the folder mine/masks does not exist; stages/choose.py says which images to paint masks for",
+    )
     paint(tmp_path / "first")
     labeled, unlabeled = lists(tmp_path / "first")
     assert train(recipe, "first") == (0, "")

@@ -107,6 +107,7 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
         assert otherwise.returncode == 0 and f"not kept: {override.split('=')[0]}" in otherwise.stdout
         noted = "learned from images at 1 of their size and sees these at 0.5" in otherwise.stdout
         assert noted == ("image_scale" in override)
+        assert ("images, whole, flip, image_scale 1.0" in otherwise.stdout) == ("flip" in override)
     odd = run_here(*flags, "--set", "optim.lr=3")
     assert odd.returncode == 2 and "--set optim.lr=3: of a trained model only data.*, eval.*, " in odd.stderr
     best = run_here("evaluate.py", "--model", run / "best", "--split", "unlabeled")
@@ -126,7 +127,9 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
             (tmp_path / "train" / "masks" / f"{index}.png").unlink()
     forget_data()  # another process would look at the folder anew
     nothing = run_here(*flags)
-    assert nothing.returncode == 2 and "no image is left that it had without a mask and" in nothing.stderr
+    assert (
+        nothing.returncode == 2 and "was shown all masks that [data] has; no image is left to score" in nothing.stderr
+    )
     shutil.copytree(run / "model", tmp_path / "shipped")
     shipped = run_here("evaluate.py", "--model", tmp_path / "shipped", "--split", "unlabeled")
     assert shipped.returncode == 2 and "has no partition.json beside it" in shipped.stderr

@@ -41,6 +41,7 @@ def test_a_run_becomes_a_file_that_runs_without_us(run, run_here):
     facts = json.loads((run / "export" / "model-48x64-baked.onnx.json").read_text())
     assert facts["same class %"] > 99.9 and facts["images"] == 4 and facts["baked"] and facts["p95 ms"] > 0
     assert facts["mIoU %"] == pytest.approx(facts["network's mIoU %"], abs=0.5)
+    assert facts["versions"]["onnxruntime"] == onnxruntime.__version__
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.json"]
 
 

@@ -122,7 +122,7 @@ def test_a_prediction_that_was_cut_short_is_done_again(tmp_path, model, capsys, 
         return save_prediction(*where)
 
     with monkeypatch.context() as patched:
-        patched.setattr("mgd.plots.save_prediction", interrupted)
+        patched.setattr("mgd.predictions.save_prediction", interrupted)
         assert call_stage(capsys, "predict.py", *arguments)[0] not in (0, 2)
     assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["a.png"]
     status, _, error = call_stage(capsys, "predict.py", *arguments)
@@ -151,7 +151,7 @@ def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
     assert sorted(path.name for path in (inside / "masks").rglob("*")) == ["a.png"]
     other = shutil.copytree(model, tmp_path / "other")
     status, _, error = call_stage(capsys, "predict.py", "--model", other, *arguments[2:], inside)
-    assert status == 2 and f"{inside} holds predictions of other model: {model}; name another folder" in error
+    assert status == 2 and f"{inside} holds predictions of another model: {model}; name another folder" in error
     status, _, error = call_stage(capsys, "predict.py", *arguments[:2], "--input", data / "masks", "--output", inside)
     assert status == 2 and f"holds predictions of other images: {data / 'images'}; name another folder" in error
     assert call_stage(capsys, "predict.py", "--model", f"{model}/", *arguments[2:], inside)[0] == 0
