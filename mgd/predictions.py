@@ -32,7 +32,7 @@ def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str
     except UserError:
         ours = False
     if ours and (other := [key for key in mark if found.get(key) != mark[key]]):  # they could not be told apart
-        what = f"{'other images' if other[0] == 'images' else f'another {other[0]}'}: {found.get(other[0], 'unknown')}"
+        what = f"{'another' if other[0] == 'model' else 'other'} {other[0]}: {found.get(other[0], 'unknown')}"
         what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
         raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
     for place in [] if ours else [folder / name for name in below]:

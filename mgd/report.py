@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -288,9 +289,9 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         versions = {str(run.metrics.get("versions", {}).get("mgd")) for run in cell.runs}
         if len(versions) > 1:
             lines.append(f"{cell.label}: runs of mgd {', '.join(sorted(versions))}, whose results may differ")
-        if (count := cell.runs[0].metrics["num_val"]) < FEW_IMAGES:
-            lines.append(f"{cell.label}: {count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide")
     for title, members in by_title(cells).items():
+        if (count := min(cell.runs[0].metrics["num_val"] for cell in members)) < FEW_IMAGES:
+            lines.append(f"{title}: {count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide")
         groups: dict[tuple[str, str], list[Cell]] = {}
         for cell in members:
             groups.setdefault((cell.recipe.student.backbone, cell.partition), []).append(cell)
@@ -353,8 +354,8 @@ def _name_places(cells: Sequence[Cell]) -> None:
     placed = [cell for cell in own if getattr(cell.recipe.data, "root", None)]
     names = collections.Counter(Path(root).name for root in {absolute(cell.recipe.data.root) for cell in placed})
     for cell in placed:
-        root = cell.recipe.data.root
-        cell.place = Path(root).name if names[Path(absolute(root)).name] == 1 else root
+        root = absolute(cell.recipe.data.root)
+        cell.place = Path(root).name if names[Path(root).name] == 1 else os.path.relpath(root)
 
 
 def _tell_apart(cells: Sequence[Cell]) -> None:

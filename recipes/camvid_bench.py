@@ -63,7 +63,7 @@ SIZES = {
 PIXELS = {"full": "480x360", "half": "240x180"}
 # What the minutes in report.csv are.
 UNIT = {"full": "minutes, in bf16, of an H100 that six to twelve runs shared", "half": "minutes of one CPU core"}
-MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report.md"}
+MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report*.md"}
 # What stages/report.py made of the runs so far, and what is to be said of them, the ones to prefer first; a row counts
 # while the recipe still has its steps.
 CAMVID = Path(__file__).resolve().parent / "camvid"

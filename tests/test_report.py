@@ -68,7 +68,7 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
 
 
 def test_data_sets_in_folders_of_one_name_stand_apart(fake_run, tmp_path):
-    for name, root in (("cats", "cats/mine"), ("dogs", "dogs/mine"), ("rust", "photos")):
+    for name, root in (("cats", "cats/mine"), ("more", "./cats/mine"), ("dogs", "dogs/mine"), ("rust", "photos")):
         path = fake_run(name, 0, 50.0) / "recipe.toml"
         own = {"name": "folder", "root": root, "classes": ["no", "yes"], "crop": 32}
         path.write_text(tomli_w.dumps(tomllib.loads(path.read_text()) | {"data": own}))
@@ -86,7 +86,7 @@ def test_a_stream_of_unknown_length_and_few_validation_images_are_called_so(fake
     assert notes([cell]) == []
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_val": 5}))
     (cell,), _ = collect([tmp_path / "runs"])
-    assert notes([cell]) == ["a: 5 validation image(s); below 20 the mIoU is a rough guide"]
+    assert notes([cell]) == [f"{cell.title}: 5 validation image(s); below 20 the mIoU is a rough guide"]
 
 
 def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):

@@ -232,11 +232,11 @@ class Folder(DataSection):
 
     def _pairs(self, root: Path) -> tuple[dict[str, Path], dict[str, Path]]:
         images, folder = self.images(root), root / "masks"
-        if not folder.is_dir():
+        if not folder.is_dir() and root == Path(self.root):
             raise UserError(
                 f"the folder {folder} does not exist; stages/choose.py says which images to paint masks for"
             )
-        masks = by_stem(folder)
+        masks = by_stem(existing_folder(folder, "masks"))
         orphans = sorted(masks.keys() - images.keys())
         if orphans:
             raise UserError(f"{root}: masks without an image of the same stem: {some(orphans)}")

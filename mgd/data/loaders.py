@@ -308,7 +308,7 @@ def read_each(images: Images, order: Sequence[int], what: Callable[[Images, int]
         what: is called in a data loading process, if there are any.
         workers: how many of these may be started; for a few images none is.
     """
-    workers = min(workers, available_cpus()) if len(order) > 500 else 0  # processes take seconds to start
+    workers = min(workers, available_cpus()) if len(order) > 100 else 0  # processes take seconds to start
     return iter(
         DataLoader(
             _Each(images, order, what),
