@@ -22,7 +22,7 @@ from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
-from mgd.metrics import FEW_IMAGES
+from mgd.metrics import few_images
 from mgd.models.trial import check_trainable
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
@@ -192,9 +192,8 @@ def _check_images(
     if unseen:
         hint = " (255 is ignored: is it painted 255? then give data.colors)" if pixels["labelled"][255] else ""
         accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
-    if (count := len(splits.val) - len(problems["validation"])) < FEW_IMAGES:
-        note = f"note: {count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide"
-        accelerator.print(note, flush=True)
+    if few := few_images(len(splits.val) - len(problems["validation"])):
+        accelerator.print(f"note: {few}", flush=True)
     val = [name for name in splits.val["id"] if name not in problems["validation"]]
     splits = dataclasses.replace(splits, val=rows_of(splits.val, val))
     first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]

@@ -10,6 +10,13 @@ FEW_IMAGES = 20
 """Of fewer validation images the mIoU is a rough guide."""
 
 
+def few_images(count: int) -> str:
+    """Return what is to be said of so few validation images; of enough of them nothing, ""."""
+    if count >= FEW_IMAGES:
+        return ""
+    return f"{count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide"
+
+
 class Scores(NamedTuple):
     """Scores of a confusion matrix, in percent; NaN for a class that is nowhere."""
 

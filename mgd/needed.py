@@ -165,6 +165,22 @@ def trained_teachers(recipe: Recipe) -> dict[str, Segmenter]:
     }
 
 
+def note_other_scale(network: nn.Module, title: str, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Say that a network sees images at another scale than it was trained at.
+
+    Args:
+        network: segmenter.
+        title: what to call it.
+        recipe: whose images it sees.
+        say: prints a line.
+    """
+    if network.image_scale != recipe.data.image_scale:
+        say(
+            f"note: {title} learned from images at {network.image_scale:g} of their size and sees these "
+            f"at {recipe.data.image_scale:g} ([data] image_scale)"
+        )
+
+
 def note_other_data(
     recipe: Recipe,
     given: Mapping[str, nn.Module],
@@ -182,11 +198,7 @@ def note_other_data(
         say: prints a line.
     """
     for name, network in given.items():
-        if network.image_scale != recipe.data.image_scale:
-            say(
-                f"note: [teachers.{name}] learned from images at {network.image_scale:g} of their size and sees these "
-                f"at {recipe.data.image_scale:g} ([data] image_scale)"
-            )
+        note_other_scale(network, f"[teachers.{name}]", recipe, say)
         path = find_partition(recipe.teachers[name].checkpoint)
         if path is None:
             continue

@@ -16,7 +16,7 @@ from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
 from mgd.files import absolute, read_json
 from mgd.gains import gain
-from mgd.metrics import FEW_IMAGES
+from mgd.metrics import few_images
 from mgd.recipe import Recipe, load
 from mgd.runs import read_metrics, shaping_keys
 from mgd.unseen import read_unlabeled
@@ -290,8 +290,8 @@ def notes(cells: Sequence[Cell]) -> list[str]:
         if len(versions) > 1:
             lines.append(f"{cell.label}: runs of mgd {', '.join(sorted(versions))}, whose results may differ")
     for title, members in by_title(cells).items():
-        if (count := min(cell.runs[0].metrics["num_val"] for cell in members)) < FEW_IMAGES:
-            lines.append(f"{title}: {count} validation image(s); below {FEW_IMAGES} the mIoU is a rough guide")
+        if few := few_images(min(cell.runs[0].metrics["num_val"] for cell in members)):
+            lines.append(f"{title}: {few}")
         groups: dict[tuple[str, str], list[Cell]] = {}
         for cell in members:
             groups.setdefault((cell.recipe.student.backbone, cell.partition), []).append(cell)

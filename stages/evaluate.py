@@ -23,6 +23,7 @@ from mgd.experiment import evaluate_network  # noqa: E402
 from mgd.files import absolute  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
+from mgd.needed import note_other_scale  # noqa: E402
 from mgd.predictions import check_predictions, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 from mgd.unseen import keep_unlabeled, unseen_masks  # noqa: E402
@@ -70,11 +71,7 @@ def main() -> None:
     network.to(accelerator.device)
     splits = load_splits(recipe.data)
     check_classes(splits.classes, network, args.model)
-    if network.image_scale != recipe.data.image_scale:
-        accelerator.print(
-            f"note: {args.model} learned from images at {network.image_scale:g} of their size and sees these at "
-            f"{recipe.data.image_scale:g} ([data] image_scale)"
-        )
+    note_other_scale(network, args.model, recipe, accelerator.print)
     what, chosen = "validation", splits.val
     if args.split == "unlabeled":
         what, chosen = "unlabelled training", unseen_masks(splits, folder, recipe, accelerator.print)

@@ -86,5 +86,6 @@ def test_a_resume_point_of_another_version_is_refused(tmp_path, there, named):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     del header["format"]  # the first ones had none
     save_file(tensors, path, metadata={"mgd": json.dumps(header | there)})
-    with pytest.raises(UserError, match=f"it is of format {named}, this version of mgd writes 3; start over with"):
+    message = f"it is of format {named}, this version of mgd writes 3; start over with --restart"
+    with pytest.raises(UserError, match=message):
         load_checkpoint(tmp_path, {"network": network}, optimizer)
