@@ -72,7 +72,9 @@ def keep_lines(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         UserError: it cannot be read or written.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split(
+            "\n"
+        )  # a name may hold what splitlines cuts at, too
     except FileNotFoundError:
         return
     except OSError as error:

@@ -118,6 +118,7 @@ def folders_of(recipe: Recipe, needed: Mapping[str, Recipe]) -> list[Path]:
         needed: its teachers and baselines, see `needed_recipes`.
     """
     given = [Path(teacher.checkpoint) for teacher in recipe.teachers.values() if teacher.checkpoint]
+    given = [path.parent if (path := find_partition(folder)) else folder for folder in given]  # of a run its folder
     own = [recipe.run_dir, *([recipe.cache_dir] if recipe.cache else [])]
     return [*own, *(other.run_dir for other in needed.values()), *given]
 

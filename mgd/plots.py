@@ -21,7 +21,7 @@ LINES = ("-", "--", ":", "-.")
 
 def plot_curves(log: Path, output: Path) -> None:
     """Draw the losses and the val mIoU of a metrics.jsonl over the steps."""
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n") if line]
     losses = sorted({key for row in rows for key in row if key.startswith("loss")})
     figure = Figure(figsize=(10, 4), layout="constrained")  # pyplot would change the backend of who imports this
     left, right = figure.subplots(1, 2)

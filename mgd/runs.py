@@ -106,7 +106,7 @@ def hold(folder: Path, instead: str = 'or give this run another name: --set "run
         Busy: another process holds it.
         UserError: its place cannot be written.
     """
-    path = folder.with_name(f".{folder.name}.lock")
+    path = _lock_file(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
@@ -132,6 +132,11 @@ def hold(folder: Path, instead: str = 'or give this run another name: --set "run
         yield
 
 
+def _lock_file(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))  # "." has no name
+    return folder.parent / f".{folder.name}.lock"
+
+
 def _lock(file: TextIO) -> None:
     for patience in (0.01, 0.05, 0.1, 0):  # `is_held` may be looking at this very moment
         try:
@@ -144,7 +149,7 @@ def _lock(file: TextIO) -> None:
 
 def is_held(folder: Path) -> bool:
     """Whether another process `hold`s a folder now; where files cannot be locked that is unknown, False."""
-    path = folder.with_name(f".{folder.name}.lock")
+    path = _lock_file(folder)
     if not fcntl or not path.exists():
         return False
     with open(path) as file:

@@ -192,7 +192,7 @@ METHOD = {
 [method]
 name = "mean_teacher"
 decay = 0.99
-weight = 100.0  # of the mean squared distance of probabilities
+weight = 100.0  # ours, of the mean squared distance of probabilities; the paper does not name one
 """,
     "cps": """\
 [method]
@@ -204,7 +204,7 @@ weight = {weight}{cps_note}
 name = "kd"
 distill_from = ["deep", "wide"]
 on = ["labeled", "unlabeled"]
-temperature = 1.0
+temperature = 1.0  # ours, as the weight; the paper does not name them
 weight = 1.0
 """,
     "cwd": """\

@@ -8,12 +8,12 @@ def test_lines_that_were_cut_short_or_are_not_wanted_go(tmp_path):
     keep_lines(log, lambda row: True)
     assert not log.exists()
     for step in (1, 2, 3):
-        append_line(log, {"step": step, "image": "straße"})
+        append_line(log, {"step": step, "image": "stra\u2028ße"})
     with log.open("ab") as file:
         file.write('{"step": 2, "image": "stra\u00df'.encode()[:-1])
     keep_lines(log, lambda row: row["step"] <= 2)
     append_line(log, {"step": 3})
     assert (
         log.read_text(encoding="utf-8")
-        == '{"step": 1, "image": "straße"}\n{"step": 2, "image": "straße"}\n{"step": 3}\n'
+        == '{"step": 1, "image": "stra\u2028ße"}\n{"step": 2, "image": "stra\u2028ße"}\n{"step": 3}\n'
     )

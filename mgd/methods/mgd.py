@@ -55,7 +55,8 @@ class ImageTerm(Section):
     weight: Weight = 0.002
     """lambda1; 0.002 goes with the summed form."""
     reduction: Literal["mean", "sum"] = "sum"
-    """`mean` over batch and classes (paper's equation) or `sum` over both (authors' code)."""
+    """`mean` over batch and classes (paper's equation) or `sum` over both (authors' code, whose sum was over the
+    two images of one GPU: with a batch of B it weighed 2 / B of what ours does)."""
 
 
 class RegionTerm(Section):
@@ -177,6 +178,9 @@ class MGDConfig(TermsSection):
     that cached teachers can do)."""
 
 
+_SHOWN_AS = {"labeled": "labeled", "first": "unlabeled", "second": "unlabeled"}  # "mixed": by no term's pixels
+
+
 @METHODS.register("mgd")
 class MGD(MultiGranularity):
     """Teachers that were trained beforehand and stay as they are, asked in every step or beforehand."""
@@ -239,7 +243,9 @@ class MGD(MultiGranularity):
         config = self.config
         with torch.inference_mode():
             outputs = teacher_outputs(self.teachers[name], views, self._wanted(name))
-            asked = [view for view in outputs if view != "mixed" and name in config.pixel.teachers]
+            asked = [
+                view for view in outputs if name in config.pixel.teachers and _SHOWN_AS.get(view) in config.pixel.on
+            ]
             if config.pixel.labels == "soft":
                 targets = {view: outputs[view].logits.softmax(dim=1) for view in asked}
             else:

@@ -104,20 +104,14 @@ def _fits_at_32(name: str) -> bool:
 
 
 def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...]) -> None:
-    """Set the dilations of the last stage, as the authors' code does.
-
-    The convolution whose stride was traded for dilation keeps half of its block's value.
-    """
+    """Set the dilations of the last stage, as the authors' code does, also where a stride was traded for dilation."""
     if "layer4" not in dict(backbone.named_children()):
         raise UserError(f"[student] multi_grid needs a ResNet backbone, not {name!r}; leave it out")
     for index, block in enumerate(backbone["layer4"] if isinstance(backbone, nn.ModuleDict) else backbone.layer4):
         dilation = multi_grid[index % len(multi_grid)]
-        convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        for place, conv in enumerate(convs):
-            if conv.stride != (1, 1):
-                continue
-            value = max(1, dilation // 2) if index == 0 and place == 0 else dilation
-            conv.dilation = conv.padding = (value, value)
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (1, 1):
+                conv.dilation = conv.padding = (dilation, dilation)
 
 
 def _first_line(error: Exception) -> str:

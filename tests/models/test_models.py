@@ -74,10 +74,10 @@ def test_missing_weights_name_the_way_out(monkeypatch):
 def test_multi_grid():
     plain, grid = build_backbone("resnet18d", 16), build_backbone("resnet18d", 16, multi_grid=(2, 4))
     dilations = [c.dilation[0] for c in grid.layer4.modules() if isinstance(c, nn.Conv2d) and c.kernel_size == (3, 3)]
-    assert dilations == [1, 2, 4, 4]
+    assert dilations == [2, 2, 4, 4]
     assert grid(torch.zeros(1, 3, 64, 64))[1].shape == plain(torch.zeros(1, 3, 64, 64))[1].shape
     bottleneck = build_backbone("resnet50", 16, multi_grid=(2, 4, 8))
-    assert [block.conv2.dilation[0] for block in bottleneck.layer4] == [1, 4, 8]
+    assert [block.conv2.dilation[0] for block in bottleneck.layer4] == [2, 4, 8]
     with pytest.raises(UserError, match="multi_grid needs a ResNet backbone, not 'mobilenetv2_050'"):
         build_backbone("mobilenetv2_050", 16, multi_grid=(2, 4))
 

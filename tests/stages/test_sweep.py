@@ -13,6 +13,8 @@ import time
 import pytest
 from conftest import call_stage, run_stage, stage_command, steps_done
 
+from mgd.needed import folders_of
+from mgd.recipe import load
 from mgd.runs import hold, is_held
 
 
@@ -80,6 +82,18 @@ def test_what_others_are_at_is_waited_for(cells, tmp_path, capsys):
     assert status == 2 and "2 of 2 did not finish: under-s0, alone-s0" in err and not is_held(teacher)
     order = [line for line in out.splitlines() if line.startswith(("[", "waiting"))]
     assert "alone.toml" in order[0] and order[1].startswith("waiting: all of the 1 left") and "under.toml" in order[2]
+
+
+def test_a_run_that_is_being_written_is_known_however_it_is_named(cells, tmp_path, monkeypatch):
+    teacher = tmp_path / "runs" / "teacher-s0"
+    (teacher / "model").mkdir(parents=True)
+    (teacher / "partition.json").write_text("{}")
+    monkeypatch.chdir(teacher)
+    for place in (".", "model", teacher, teacher / "model"):
+        recipe = load(cells[1], [f"teachers.big={{checkpoint={str(place)!r}}}"])
+        assert not any(map(is_held, folders_of(recipe, {})))
+        with hold(teacher):
+            assert any(map(is_held, folders_of(recipe, {}))), place
 
 
 def test_a_stage_that_finds_another_at_its_run_is_started_again(cells, tmp_path, capsys):
