@@ -174,11 +174,12 @@ def test_a_second_choice_goes_on_from_the_lists_of_the_first(write_recipe, choos
 
 
 @pytest.mark.slow
-def test_two_processes_choose_as_one(write_recipe, choose, tmp_path):
+@pytest.mark.parametrize("strategy", ["random", "coverage"])
+def test_two_processes_choose_as_one(write_recipe, choose, tmp_path, strategy):
     recipe = write_recipe()
-    assert choose(recipe, "one", 5)[0] == 0
+    assert choose(recipe, "one", 5, strategy=strategy)[0] == 0
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547")
-    arguments = ("--recipe", recipe, "--budget", 5, "--output", tmp_path / "two")
+    arguments = ("--recipe", recipe, "--budget", 5, "--strategy", strategy, "--output", tmp_path / "two")
     done = run_stage("choose.py", *arguments, launcher=launcher, env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
     for name in ("selected.txt", "labeled.txt", "unlabeled.txt"):
