@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from mgd.data.loaders import Images, TrainingPairs, read_each
+from mgd.data.images import Images, read_each
+from mgd.data.loaders import TrainingPairs
 from mgd.data.targets import (
     FINE,
     FINE_CELL,
@@ -36,7 +37,6 @@ from mgd.losses.mgd import self_correlation
 from mgd.models.segmenter import enlarge, fingerprint
 from mgd.pictures import to_tensor
 from mgd.recipe import Recipe
-from mgd.registry import METHODS
 from mgd.runs import hold
 from mgd.sections import TeacherCache
 
@@ -58,7 +58,7 @@ def cached_targets(
             a teacher cannot see whole images.
     """
     folder = recipe.cache_dir
-    kinds = METHODS.get(recipe.method.name).cached_kinds(recipe.method)
+    kinds = recipe.method_class.cached_kinds(recipe.method)
     sums = _checksums(images, recipe.data.workers, accelerator)
     wanted = {
         "format": FORMAT,
@@ -347,7 +347,7 @@ def _kept(kinds: set[str], means: Mapping[str, Tensor], coarse: list[int]) -> di
 
 
 def _pixels(images: Images, index: int) -> Tensor:
-    return to_tensor(images.read(index, with_label=False)[0])
+    return to_tensor(images.picture(index))
 
 
 def _checksum(images: Images, index: int) -> int:

@@ -15,9 +15,10 @@ from torch import nn
 
 from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
-from mgd.data.loaders import Images, per_process
+from mgd.data.images import Images
+from mgd.data.loaders import per_process
 from mgd.data.partitions import Split, read_manifest, repainted
-from mgd.data.reading import load_splits, rows_of, split_data, without_augmentation
+from mgd.data.reading import load_splits, select_ids, split_data, without_augmentation
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity
 from mgd.data.transforms import LabelDecoder
@@ -26,7 +27,6 @@ from mgd.metrics import few_images
 from mgd.models.trial import check_trainable
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
-from mgd.registry import METHODS
 from mgd.runs import finished_metrics
 from mgd.sections import DataSection
 from mgd.tracking import check_tracker
@@ -65,7 +65,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     if not there.masks:  # none is a file, or an older run: no need to read them
         return done
     with contextlib.suppress(OSError):
-        masks = _mask_sums(rows_of(splits.labeled, labeled), rows_of(splits.val, val))
+        masks = _mask_sums(select_ids(splits.labeled, labeled), select_ids(splits.val, val))
         if painted := repainted(there.masks, masks):
             raise UserError(
                 f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; keep it and "
@@ -110,7 +110,7 @@ def _check_networks(
 ) -> None:
     """Try each kind of network that the method trains; the first one is evaluated on images of `size`, too."""
     whole = size if recipe.eval.mode == "whole" else None
-    images = local_batch * METHODS.get(recipe.method.name).images_per_label
+    images = local_batch * recipe.method_class.images_per_label
     for where, section in recipe.networks.items():
         try:
             check_trainable(section, num_classes, images, recipe.data.crop, several_processes, whole)
@@ -141,7 +141,7 @@ def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split,
     if pool:
         count = Pool(pool).count if streamed else None
         partition = dataclasses.replace(partition, pool=identity(pool), streamed=streamed, num_streamed=count)
-    if not streamed and not partition.unlabeled and METHODS.get(recipe.method.name).uses_unlabeled:
+    if not streamed and not partition.unlabeled and recipe.method_class.uses_unlabeled:
         _say_once(accelerator, "no unlabelled image; the labelled ones serve as the pool, their masks unseen")
     return splits, partition, size
 
@@ -167,9 +167,9 @@ def _check_images(
     """
     splits = load_splits(section)
     parts = {
-        "labelled": (rows_of(splits.labeled, labeled), True),
+        "labelled": (select_ids(splits.labeled, labeled), True),
         "validation": (splits.val, True),
-        "unlabelled": (rows_of(splits.without_masks(), unlabeled), False),
+        "unlabelled": (select_ids(splits.without_masks(), unlabeled), False),
     }
     problems: dict[str, dict[str, str]] = {}
     pixels = {}
@@ -195,8 +195,8 @@ def _check_images(
     if few := few_images(len(splits.val) - len(problems["validation"])):
         accelerator.print(f"note: {few}", flush=True)
     val = [name for name in splits.val["id"] if name not in problems["validation"]]
-    splits = dataclasses.replace(splits, val=rows_of(splits.val, val))
-    first = Images(splits.val, splits.decoder, section.image_scale).read(0, with_label=False)[0]
+    splits = dataclasses.replace(splits, val=select_ids(splits.val, val))
+    first = Images(splits.val, splits.decoder, section.image_scale).picture(0)
     labeled = tuple(name for name in labeled if name not in problems["labelled"])
     if leaked := _same_images(splits.labeled, splits.val, labeled):
         raise UserError(
@@ -207,7 +207,7 @@ def _check_images(
     skipped = problems["labelled"] | problems["unlabelled"]
     skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
     class_pixels = tuple(pixels["labelled"][: len(splits.classes)].tolist())
-    masks = _mask_sums(rows_of(splits.labeled, labeled), splits.val)
+    masks = _mask_sums(select_ids(splits.labeled, labeled), splits.val)
     partition = Split(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels, masks=masks)
     return splits, partition, (first.height, first.width)
 
@@ -215,7 +215,7 @@ def _check_images(
 def _same_images(labeled: datasets.Dataset, val: datasets.Dataset, ids: tuple[str, ...]) -> list[str]:
     """Return which of the labelled images, `ids`, are validation images, too, by id and byte for byte."""
     shared = set(ids).intersection(val["id"][:])
-    ours, theirs = (Images(rows_of(source, shared)) for source in (labeled, val))
+    ours, theirs = (Images(select_ids(source, shared)) for source in (labeled, val))
     places = {name: index for index, name in enumerate(theirs.ids)}
     return [name for index, name in enumerate(ours.ids) if ours.encoded(index) == theirs.encoded(places[name])]
 
@@ -236,10 +236,10 @@ def _read_all(
     return problems, sum(share.pixels for share in shares)
 
 
-def usable(
+def usable_masked(
     source: datasets.Dataset, decoder: LabelDecoder, section: DataSection, what: str, accelerator: Accelerator
-) -> datasets.Dataset:
-    """Return images with masks without those that cannot be used, if the recipe says to skip them.
+) -> Images:
+    """Return images with masks, without those that cannot be used if the recipe says to skip them.
 
     Args:
         source: the images.
@@ -251,16 +251,16 @@ def usable(
     Raises:
         UserError: none is left.
     """
-    if section.on_error == "raise":
-        return source
     images = Images(source, decoder, section.image_scale)
+    if section.on_error == "raise":
+        return images
     problems, _ = _read_all(images, True, what, section, accelerator)
     if problems:
         _answer_problems(list(problems.values()), section, accelerator)
     good = tuple(name for name in images.ids if name not in problems)
     if not good:
         raise UserError(f"[data] none of the {len(images)} {what} images can be used")
-    return rows_of(source, good)
+    return Images(select_ids(source, good), decoder, section.image_scale)
 
 
 def usable_images(found: Candidates, accelerator: Accelerator) -> Candidates:
@@ -277,7 +277,7 @@ def usable_images(found: Candidates, accelerator: Accelerator) -> Candidates:
     good = {name: tuple(one for one in source["id"] if one not in problems) for name, source in sources.items()}
     if not good["images"]:
         raise UserError(f"[data] {section.name}: no image to choose from can be used")
-    return dataclasses.replace(found, **{name: rows_of(source, good[name]) for name, source in sources.items()})
+    return dataclasses.replace(found, **{name: select_ids(source, good[name]) for name, source in sources.items()})
 
 
 def _answer_problems(problems: Sequence[str], section: DataSection, accelerator: Accelerator) -> None:

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mgd.data.loaders import available_cpus
+from mgd.data.images import available_cpus
 from mgd.errors import Busy, Stopped, UserError
 from mgd.files import write_json
 from mgd.markdown import markdown

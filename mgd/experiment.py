@@ -6,7 +6,6 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from torch import nn
 from mgd.cache import cached_targets
 from mgd.checks import check_recipe, finished
 from mgd.data.datasets import Splits
-from mgd.data.loaders import Images, TrainingPairs, evaluation_loader
+from mgd.data.images import Images
+from mgd.data.loaders import TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
 from mgd.files import append_line, keep_lines, write_json
@@ -31,7 +31,6 @@ from mgd.optim import total_steps
 from mgd.pictures import evenly, to_tensor
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
-from mgd.registry import METHODS
 from mgd.runs import best_so_far, device_name, hold, keep_best, open_folder, peak_memory_mb, save_model, versions
 from mgd.tracking import track, tracked
 from mgd.train import TrainingTime, train
@@ -131,7 +130,7 @@ def _run(
             keep_best(folder, network, recipe, step, found.miou)
         return found
 
-    spent = train(method, pairs, pool, recipe, num_steps, accelerator, folder, lambda *args: evaluate(*args).miou)
+    spent = train(method, pairs, pool, recipe, num_steps, accelerator, lambda *args: evaluate(*args).miou)
     if spent.skipped_steps * 2 > num_steps:
         accelerator.print(
             f"note: {folder}: {spent.skipped_steps} of {num_steps} steps were skipped; the result is void"
@@ -143,7 +142,7 @@ def _run(
     track(accelerator, {"step": num_steps, "val_miou": result.miou})
     metrics = _metrics(recipe, splits, partition, result, num_steps, spent, accelerator)
     if accelerator.is_main_process:
-        _finish(folder, recipe, network, val, splits, metrics, accelerator)
+        _finish(recipe, network, val, splits, metrics, accelerator)
     accelerator.wait_for_everyone()
     accelerator.print(f"{folder}: mIoU {result.miou:.2f} on {len(val)} val images, {spent.seconds:.0f} s of training")
     return metrics
@@ -182,7 +181,7 @@ def build_method(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)  # layers of its own must not depend on what this process did before
-        method = METHODS.get(recipe.method.name)(recipe.method, networks, teachers)
+        method = recipe.method_class(recipe.method, networks, teachers)
     check_parts(method)
     method.weigh_classes(torch.tensor(partition.class_pixels))
     return method
@@ -260,7 +259,6 @@ def evaluate_network(
 
 def build_networks(recipe: Recipe, splits: Splits) -> list[nn.Module]:
     """Return the networks that the method trains, each with initial weights of its own; the first one ships."""
-    sections = METHODS.get(recipe.method.name).sections(recipe.method, recipe.student)
     return [
         build_segmenter(
             section,
@@ -270,12 +268,11 @@ def build_networks(recipe: Recipe, splits: Splits) -> list[nn.Module]:
             image_scale=recipe.data.image_scale,
             crop=recipe.data.crop,
         )
-        for index, (_, section) in enumerate(sections)
+        for index, (_, section) in enumerate(recipe.method_class.sections(recipe.method, recipe.student))
     ]
 
 
 def _finish(
-    folder: Path,
     recipe: Recipe,
     network: nn.Module,
     val: Images,
@@ -284,6 +281,7 @@ def _finish(
     accelerator: Accelerator,
 ) -> None:
     """Write what a finished run leaves behind; metrics.json last, for it marks the run finished."""
+    folder = recipe.run_dir
     log = folder / "metrics.jsonl"
     last = {"step": metrics["steps"], "val_miou": metrics["miou"]}
     keep_lines(log, lambda row: row.keys() != last.keys() or row["step"] < last["step"])

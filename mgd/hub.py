@@ -20,15 +20,15 @@ from mgd.models.card import TAGS, assembled, front_matter, hex_color, plain, usa
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.portable import is_local, portable, portable_command
 from mgd.recipe import Recipe, load
-from mgd.registry import HEADS, METHODS
+from mgd.registry import HEADS
 from mgd.runs import read_metrics
 
 _FILES = ("recipe.toml", "metrics.json", "overlays.png", "model/config.json", "model/model.safetensors")
 _METRICS = ("name", "iou", "command", "versions", "device", "num_processes", "mixed_precision")
 
 
-class FinishedRun(NamedTuple):
-    """A run that may be shown to others."""
+class Release(NamedTuple):
+    """A finished run with its network, to be shown to others."""
 
     folder: Path
     recipe: Recipe
@@ -36,7 +36,7 @@ class FinishedRun(NamedTuple):
     network: Segmenter
 
 
-def open_run(folder: Path) -> FinishedRun:
+def open_run(folder: Path) -> Release:
     """Read a run and load its weights strictly.
 
     Args:
@@ -58,7 +58,7 @@ def open_run(folder: Path) -> FinishedRun:
     network = load_segmenter(folder / "model")
     if not isinstance(metrics["iou"], Mapping) or set(metrics["iou"]) != set(network.classes):
         raise UserError(f"{folder}: metrics.json and model/config.json have other classes; they are of two runs")
-    return FinishedRun(folder, recipe, metrics, network)
+    return Release(folder, recipe, metrics, network)
 
 
 def push(folder: Path, repo: str, private: bool = False, license: str | None = None) -> str:
@@ -83,7 +83,7 @@ def push(folder: Path, repo: str, private: bool = False, license: str | None = N
         return _upload(Path(assembled_there), repo, private, f"Run {run.metrics['name']} of mgd")
 
 
-def write_folder(run: FinishedRun, repo: str, license: str | None, output: Path) -> None:
+def write_folder(run: Release, repo: str, license: str | None, output: Path) -> None:
     """Write what a repository holds: weights, configuration, recipe, metrics, picture and card.
 
     Args:
@@ -109,7 +109,7 @@ def write_folder(run: FinishedRun, repo: str, license: str | None, output: Path)
 # ---- the card ----
 
 
-def model_card(run: FinishedRun, repo: str, license: str | None = None) -> str:
+def model_card(run: Release, repo: str, license: str | None = None) -> str:
     """Return the card of a run: YAML front matter, then Markdown.
 
     Args:
@@ -150,10 +150,10 @@ def model_card(run: FinishedRun, repo: str, license: str | None = None) -> str:
     return str(assembled(_front_matter(run, repo, license), "\n\n".join(parts) + "\n"))
 
 
-def _front_matter(run: FinishedRun, repo: str, license: str | None) -> ModelCardData:
+def _front_matter(run: Release, repo: str, license: str | None) -> ModelCardData:
     data = run.recipe.data
     tags = list(TAGS)
-    if METHODS.get(run.recipe.method.name).uses_unlabeled:
+    if run.recipe.method_class.uses_unlabeled:
         tags.append("semi-supervised")
     if run.recipe.is_distilled:
         tags.append("knowledge-distillation")
@@ -178,7 +178,7 @@ def _front_matter(run: FinishedRun, repo: str, license: str | None) -> ModelCard
     )
 
 
-def _class_rows(run: FinishedRun) -> list[dict[str, Any]]:
+def _class_rows(run: Release) -> list[dict[str, Any]]:
     pairs = enumerate(zip(run.network.classes, run.network.colors, strict=True))
     rows = [
         {"index": i, "class": plain(name), "colour": f"`{hex_color(color)}`", "IoU %": run.metrics["iou"][name]}
@@ -195,12 +195,12 @@ def _cost_rows(costs: Mapping[str, Any], crop: int) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(run: FinishedRun) -> dict[str, str]:
+def _facts(run: Release) -> dict[str, str]:
     """Say how a network came about, a line a fact."""
     recipe, metrics, network = run.recipe, run.metrics, run.network
     unlabeled, pool, tested = metrics["num_unlabeled"], recipe.data.unlabeled, recipe.eval
     seen = "a stream of unknown length" if unlabeled is None else str(unlabeled)
-    unused = "" if METHODS.get(recipe.method.name).uses_unlabeled else f" (not used by `{recipe.method.name}`)"
+    unused = "" if recipe.method_class.uses_unlabeled else f" (not used by `{recipe.method.name}`)"
     wanted = "" if recipe.partition.labeled is None else f" {recipe.partition.labeled}"
     teachers = [
         f"{plain(name)}: `{portable(teacher.recipe or teacher.checkpoint)}`"

@@ -1,18 +1,18 @@
 """Which images a run reads, and which it makes its samples of."""
 
 from mgd.data.datasets import Splits
-from mgd.data.loaders import Images, TrainingPairs
+from mgd.data.images import Images
+from mgd.data.loaders import TrainingPairs
 from mgd.data.partitions import Split
-from mgd.data.reading import rows_of
+from mgd.data.reading import select_ids
 from mgd.data.targets import CachedTargets
 from mgd.recipe import Recipe
-from mgd.registry import METHODS
 
 
 def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:
     """Return all images of a partition, labelled or not, without their masks."""
     ids = partition.labeled + partition.unlabeled
-    return Images(rows_of(splits.without_masks(), ids), None, recipe.data.image_scale)
+    return Images(select_ids(splits.without_masks(), ids), None, recipe.data.image_scale)
 
 
 def training_pairs(
@@ -26,8 +26,8 @@ def training_pairs(
         partition: which images of these are labelled and unlabelled.
         targets: what cached teachers said, if there are any.
     """
-    labeled = Images(rows_of(splits.labeled, partition.labeled), splits.decoder, recipe.data.image_scale)
-    if not METHODS.get(recipe.method.name).uses_unlabeled or partition.streamed:
+    labeled = Images(select_ids(splits.labeled, partition.labeled), splits.decoder, recipe.data.image_scale)
+    if not recipe.method_class.uses_unlabeled or partition.streamed:
         return TrainingPairs(labeled, None, recipe.data, recipe.run.seed)
     pool = unlabeled_images(splits, partition, recipe.data.image_scale)
     return TrainingPairs(labeled, pool, recipe.data, recipe.run.seed, targets)
@@ -35,4 +35,4 @@ def training_pairs(
 
 def unlabeled_images(splits: Splits, partition: Split, image_scale: float) -> Images:
     """Return the unlabelled images; with none left the labelled ones serve as the pool, their masks unseen."""
-    return Images(rows_of(splits.without_masks(), partition.unlabeled or partition.labeled), None, image_scale)
+    return Images(select_ids(splits.without_masks(), partition.unlabeled or partition.labeled), None, image_scale)

@@ -11,7 +11,6 @@ from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import FREE_KEYS, Recipe, load
-from mgd.registry import METHODS
 from mgd.runs import recipe_differences, with_places
 from mgd.sections import Partition
 from mgd.unseen import find_partition
@@ -94,7 +93,7 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
     """
     agree = [("partition", key) for key in Partition.model_fields if f"partition.{key}" not in FREE_KEYS]
     agree += [("data", key) for key in ("name", "image_scale", *type(recipe.data).image_keys())]
-    if METHODS.get(other.method.name).uses_unlabeled:
+    if other.method_class.uses_unlabeled:
         agree.append(("data", "unlabeled"))
     if is_baseline:
         agree += [("data", "crop"), ("eval", "mode")]

@@ -95,16 +95,12 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     return image.convert("RGB")
 
 
-def rescale(
-    image: PIL.Image.Image, label: np.ndarray | None, factor: float
-) -> tuple[PIL.Image.Image, np.ndarray | None]:
-    """Resize an image (bilinear) and its label `[H, W]` (nearest) by `factor`."""
+def rescale(image: PIL.Image.Image, factor: float) -> PIL.Image.Image:
+    """Resize an image by `factor`, bilinearly."""
     if factor == 1:
-        return image, label
+        return image
     size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    if label is not None:
-        label = np.asarray(PIL.Image.fromarray(label).resize(size, PIL.Image.Resampling.NEAREST))
-    return image.resize(size, PIL.Image.Resampling.BILINEAR), label
+    return image.resize(size, PIL.Image.Resampling.BILINEAR)
 
 
 def to_tensor(image: PIL.Image.Image) -> torch.Tensor:

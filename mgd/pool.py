@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from mgd.data.loaders import Images, read_each
+from mgd.data.images import Images, read_each
 from mgd.errors import UserError, one_line
 from mgd.inference import predict
 from mgd.models.segmenter import Segmenter, build_segmenter
@@ -114,9 +114,9 @@ def _silent(accelerator: Accelerator) -> bool | None:
 
 
 def _square(images: Images, index: int, side: int) -> list[Tensor]:
-    return [to_tensor(images.read(index, with_label=False)[0].resize((side, side)))]
+    return [to_tensor(images.picture(index).resize((side, side)))]
 
 
 def _scaled(images: Images, index: int, factors: Sequence[float]) -> list[Tensor]:
-    picture, _ = images.read(index, with_label=False)
-    return [to_tensor(rescale(picture, None, factor)[0]) for factor in factors]
+    picture = images.picture(index)
+    return [to_tensor(rescale(picture, factor)) for factor in factors]

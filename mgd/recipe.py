@@ -69,9 +69,14 @@ class Recipe:
         return self.run.seed if self.partition.seed is None else self.partition.seed
 
     @property
+    def method_class(self) -> type:
+        """The `Method` that `[method] name` names."""
+        return METHODS.get(self.method.name)
+
+    @property
     def networks(self) -> dict[str, ModelSection]:
         """Sections of the networks that the method trains, by their place in the recipe; the first one ships."""
-        return dict(METHODS.get(self.method.name).sections(self.method, self.student))
+        return dict(self.method_class.sections(self.method, self.student))
 
     @property
     def is_distilled(self) -> bool:

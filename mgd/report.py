@@ -10,28 +10,19 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mgd.complexity import Cost, model_costs
 from mgd.errors import UserError
 from mgd.files import absolute, read_json
-from mgd.gains import gain
+from mgd.gains import Supervised
 from mgd.metrics import few_images
 from mgd.recipe import Recipe, load
-from mgd.runs import read_metrics, shaping_keys
+from mgd.runs import FinishedRun, read_metrics, shaping_keys
 from mgd.unseen import read_unlabeled
 
 # What may differ between two runs of one cell: the seed, and what follows from it.
 _OF_ONE_RUN = ("run.name", "run.seed", "partition.seed")
-
-
-class FinishedRun(NamedTuple):
-    """One run of a cell."""
-
-    folder: Path
-    recipe: Recipe
-    """Its own: runs of one cell may differ in their partition seed."""
-    metrics: Mapping[str, Any]
 
 
 @dataclasses.dataclass
@@ -44,7 +35,7 @@ class Cell:
     cost: Mapping[str, Cost]
     """Of `backbone`, `head` and `total`, at the recipe's crop."""
     runs: list[FinishedRun]
-    """By seed."""
+    """By seed; each has a recipe of its own, as partition seeds may differ."""
     place: str = ""
     """Of a data set of one's own, its folder: the last part of the name, or all of it where that is ambiguous."""
 
@@ -128,35 +119,27 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         UserError: a source is no folder, or there is no finished run.
     """
     cells: dict[str, Cell] = {}
-    left_out, costs = [], {}
+    left_out: list[str] = []
+    costs: dict[tuple, Mapping[str, Cost]] = {}
     folders, shut = _run_folders(sources)
     left_out += [f"{folder}: it may not be read" for folder in shut]
     for folder in folders:
-        if not (folder / "metrics.json").exists():
-            is_model = (folder / "config.json").exists()
-            why = "the folder of a model; name that of its run" if is_model else "not finished"
-            left_out.append(f"{folder}: {why}")
-            continue
         try:
-            recipe = load(folder / "recipe.toml")
-            metrics = read_metrics(folder, recipe)
-            num_classes, crop = len(recipe.data.class_names()), recipe.data.crop
-            counted = (recipe.student.model_dump_json(), num_classes, crop)  # many runs have the same network
-            cost = costs.get(counted) or costs.setdefault(counted, model_costs(recipe.student, num_classes, crop))
+            run, cost = _read_run(folder, costs)
         except UserError as error:
             left_out.append(f"{folder}: {str(error).splitlines()[0]}")
             continue
         try:
-            metrics |= read_unlabeled(folder)
+            run.metrics.update(read_unlabeled(folder))
         except UserError as error:
             left_out.append(str(error))
-        label = recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
-        shape = {key: value for key, value in shaping_keys(recipe).items() if not _of_one_run(key)}
-        counts = [metrics["num_labeled"], metrics["num_val"]]  # the same recipe may have met other images
-        cell = cells.setdefault(json.dumps([label, shape, counts], sort_keys=True), Cell(label, recipe, cost, []))
-        twin = next((other.folder for other in cell.runs if other.metrics["seed"] == metrics["seed"]), None)
+        label = run.recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
+        shape = {key: value for key, value in shaping_keys(run.recipe).items() if not _of_one_run(key)}
+        counts = [run.metrics["num_labeled"], run.metrics["num_val"]]  # the same recipe may have met other images
+        cell = cells.setdefault(json.dumps([label, shape, counts], sort_keys=True), Cell(label, run.recipe, cost, []))
+        twin = next((other.folder for other in cell.runs if other.metrics["seed"] == run.metrics["seed"]), None)
         if twin is None:
-            cell.runs.append(FinishedRun(folder, recipe, metrics))
+            cell.runs.append(run)
         else:
             left_out.append(f"{folder}: the same recipe and seed as {twin}")
     if not cells:
@@ -169,11 +152,23 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     return ordered, left_out
 
 
-def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def _read_run(folder: Path, counted: dict[tuple, Mapping[str, Cost]]) -> tuple[FinishedRun, Mapping[str, Cost]]:
+    """Read a finished run and count what its network costs, unless it is among what was `counted` before."""
+    if not (folder / "metrics.json").exists():
+        is_model = (folder / "config.json").exists()
+        raise UserError("the folder of a model; name that of its run" if is_model else "not finished")
+    recipe = load(folder / "recipe.toml")
+    metrics = read_metrics(folder, recipe)
+    num_classes, crop = len(recipe.data.class_names()), recipe.data.crop
+    network = (recipe.student.model_dump_json(), num_classes, crop)
+    if network not in counted:
+        counted[network] = model_costs(recipe.student, num_classes, crop)
+    return FinishedRun(folder, recipe, metrics), counted[network]
+
+
+def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return a row a cell: what ran, our mean and spread, the recipe's reference and the difference."""
-    supervised = [
-        (run.recipe, run.metrics) for cell in cells if cell.recipe.method.name == "supervised" for run in cell.runs
-    ]
+    supervised = Supervised(run for cell in cells for run in cell.runs)
     rows = []
     for cell in cells:
         recipe, cost, of_runs = cell.recipe, cell.cost, [run.metrics for run in cell.runs]
@@ -181,8 +176,7 @@ def rows_of(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         best = _of_all((metrics.get("best_on_val") or {}).get("miou") for metrics in of_runs)
         # Of all seeds or none, or they would be of others than the mIoU.
         ahead, unseen_ahead = (
-            _of_all(gain((run.recipe, run.metrics), supervised, of) for run in cell.runs)
-            for of in ("miou", "unlabeled_miou")
+            _of_all(supervised.gain(run, of) for run in cell.runs) for of in ("miou", "unlabeled_miou")
         )
         one_set = len({metrics.get("unlabeled_images") for metrics in of_runs}) == 1
         unseen = _of_all(metrics.get("unlabeled_miou") if one_set else None for metrics in of_runs)

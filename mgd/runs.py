@@ -9,13 +9,13 @@ import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch import nn
 
 import mgd
-from mgd.data.partitions import Split, read_manifest, repainted
+from mgd.data.partitions import Manifest, Split, read_manifest, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import absolute, read_json, write_json, write_text
 from mgd.recipe import FREE_KEYS, Recipe, parse
@@ -31,6 +31,15 @@ except ImportError:  # Windows
 _PLACES = {"data": ("root", "val_root", "parquet"), "partition": ("labeled_list", "unlabeled_list")}
 UNLABELED = "unlabeled.json"
 """In a run folder, what it scores on its unlabelled images; see mgd/unseen.py."""
+
+
+class FinishedRun(NamedTuple):
+    """A finished run: what was asked, and what came out."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: dict[str, Any]
+    """`metrics.json`."""
 
 
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
@@ -184,35 +193,32 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
     manifest = partition.manifest(recipe.partition, recipe.partition_seed) | {"teachers": dict(teachers)}
     path = folder / "partition.json"
     if (folder / "checkpoint").exists() and path.exists():
-        there = read_manifest(path)
-        if there.teachers != manifest["teachers"]:
-            raise UserError(
-                f"{folder}: its teachers are not those that it began with; put them back, or start over: "
-                f"{recipe.command} --restart"
-            )
-        if there.pool != manifest["pool"]:
-            raise UserError(
-                f"{path}: the files of [data.unlabeled] have changed since this run began; put them back, or start "
-                f"over: {recipe.command} --restart"
-            )
-        then = there.lists()
-        now = {key: set(manifest[key]) for key in then}
-        if then != now:
-            counts = [" / ".join(str(len(ids)) for ids in lists.values()) for lists in (then, now)]
-            raise UserError(
-                f"{path}: the images of [data] have changed since this run began (labelled / unlabelled / to evaluate "
-                f"on: {counts[0]} then, {counts[1]} now); put them back, or start over: {recipe.command} --restart"
-            )
-        if painted := repainted(there.masks, manifest["masks"]):
-            raise UserError(
-                f"{path}: masks have changed since this run began: {some(painted)}; put them back, or start over: "
-                f"{recipe.command} --restart"
-            )
+        if changed := _changed(read_manifest(path), manifest):
+            raise UserError(f"{path}: {changed}; put them back, or start over: {recipe.command} --restart")
     else:  # it begins anew, and what is there was another training's
         (folder / UNLABELED).unlink(missing_ok=True)
         shutil.rmtree(folder / "best", ignore_errors=True)
     write_text(folder / "recipe.toml", recipe.to_toml())
     write_json(path, manifest)
+
+
+def _changed(there: Manifest, manifest: Mapping[str, Any]) -> str | None:
+    """Say which of its teachers, images and masks a run that goes on does not find as they were."""
+    if there.teachers != manifest["teachers"]:
+        return "its teachers are not those that it began with"
+    if there.pool != manifest["pool"]:
+        return "the files of [data.unlabeled] have changed since this run began"
+    then = there.lists()
+    now = {key: set(manifest[key]) for key in then}
+    if then != now:
+        counts = [" / ".join(str(len(ids)) for ids in lists.values()) for lists in (then, now)]
+        return (
+            "the images of [data] have changed since this run began (labelled / unlabelled / to evaluate on: "
+            f"{counts[0]} then, {counts[1]} now)"
+        )
+    if painted := repainted(there.masks, manifest["masks"]):
+        return f"masks have changed since this run began: {some(painted)}"
+    return None
 
 
 def _delete_run(folder: Path) -> None:

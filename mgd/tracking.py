@@ -42,16 +42,15 @@ def tracked(accelerator: Accelerator) -> Iterator[None]:
             accelerator.trackers.clear()
 
 
-def open_tracker(recipe: Recipe, accelerator: Accelerator, folder: Path, start: int) -> None:
+def open_tracker(recipe: Recipe, accelerator: Accelerator, start: int) -> None:
     """Open the tracker that the recipe names, if any, for a run that begins or goes on at step `start`.
 
     Args:
         recipe: the run; `[run] tracker` is used, and all of it shown.
         accelerator: its main process tracks.
-        folder: run folder.
         start: steps done before this sitting.
     """
-    name = recipe.run.tracker
+    name, folder = recipe.run.tracker, recipe.run_dir
     if name is None or not accelerator.is_main_process:
         return
     with _harmless(accelerator):

@@ -46,7 +46,6 @@ def train(
     recipe: Recipe,
     num_steps: int,
     accelerator: Accelerator,
-    folder: Path,
     evaluate: Callable[[nn.Module, int], float],
 ) -> TrainingTime:
     """Train a method's networks in place, from the last resume point if there is one.
@@ -56,9 +55,9 @@ def train(
         pairs: the samples of the run.
         pool: the stream of unlabelled images, if any.
         recipe: the run; `[run]`, `[optim]`, `[eval] every` and, of `[data]`, `workers` and `on_error` are used.
+            `metrics.jsonl` and `checkpoint/` are written into its folder.
         num_steps: optimiser steps of the whole run.
         accelerator: device, processes and precision.
-        folder: run folder; `metrics.jsonl` and `checkpoint/` are written.
         evaluate: bare network and step -> mIoU; called on all processes.
 
     Returns:
@@ -69,13 +68,16 @@ def train(
         Stopped: a signal came; a resume point has been written.
     """
     trained, modules = _on_device(method, recipe.optim, accelerator)
-    optimizer, every = build_optimizer(recipe.optim, trained), recipe.eval.every
+    optimizer, folder, every = build_optimizer(recipe.optim, trained), recipe.run_dir, recipe.eval.every
     point = ResumePoint(folder / "checkpoint", modules, optimizer, recipe, accelerator)
     start = point.reached["step"]
     *prepared, optimizer = accelerator.prepare(*trained, optimizer)
     _hand_over(method, prepared)
 
-    log = StepLog(folder, start, num_steps, recipe, accelerator)
+    def evaluates_at(step: int) -> bool:
+        return every > 0 and 0 < step < num_steps and step % every == 0
+
+    log = StepLog(recipe, start, num_steps, evaluates_at(start), accelerator)
     guard = Guard(recipe.optim.nonfinite, folder, modules, accelerator, point.reached["skipped"])
     feed = Feed(pairs, pool, recipe.data, accelerator, folder, point.reached)
     kept = f"step {{}} of {num_steps} is kept; the same command goes on from there"
@@ -86,7 +88,7 @@ def train(
             with signals.at_once(kept.format(step)), point.not_training():  # it is done again from the resume point
                 log.write_scores(step, evaluate(bare(method.deployed()), step))
 
-        if every and 0 < start < num_steps and start % every == 0:
+        if evaluates_at(start):
             score(start)
         for step, batch in enumerate(feed.batches(start, num_steps, recipe.optim.batch_size), start):
             batch = send_to_device(batch, accelerator.device, non_blocking=True)
@@ -106,15 +108,14 @@ def train(
             # --------------------------------------------------------------------------------------
 
             done = step + 1
-            evaluates = every and done % every == 0 and done < num_steps
-            saves = done % recipe.run.checkpoint_every == 0 or done == num_steps or evaluates or signal_number
+            saves = done % recipe.run.checkpoint_every == 0 or done == num_steps or evaluates_at(done) or signal_number
             if done % recipe.run.log_every == 0 or saves:
                 log.write(done, {"loss": out.loss, **out.log}, lr)
             if saves:
                 point.write(step=done, skipped=guard.skipped, stream=feed.state())
             if signal_number:
                 raise Stopped(signal_number, kept.format(done))
-            if evaluates:
+            if evaluates_at(done):
                 score(done)
         guard.stop_if_asked(signals.received, kept.format(num_steps))
     _hand_over(method, trained)
@@ -223,21 +224,23 @@ class StepLog:
     """Appends to metrics.jsonl, and to the tracker if there is one; values are means over the processes.
 
     Args:
-        folder: of the run; lines past `start` are dropped, their steps will be done again.
-        start: steps done before this sitting.
+        recipe: the run.
+        start: steps done before this sitting; lines past it are dropped, their steps will be done again.
         num_steps: steps of the whole run, for the progress bar.
-        recipe: the run; an evaluation at `start` is done again, so its line is dropped.
+        evaluates_again: an evaluation at `start` will be done again, so its line is dropped, too.
         accelerator: only its main process writes.
     """
 
-    def __init__(self, folder: Path, start: int, num_steps: int, recipe: Recipe, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: Recipe, start: int, num_steps: int, evaluates_again: bool, accelerator: Accelerator
+    ) -> None:
+        folder = recipe.run_dir
         self.path, self.batch_size, self.accelerator = folder / "metrics.jsonl", recipe.optim.batch_size, accelerator
-        self.writes, every = accelerator.is_main_process, recipe.eval.every
+        self.writes = accelerator.is_main_process
         silent = None if self.writes else True  # None: shown on a terminal
         self.bar = tqdm(total=num_steps, initial=start, desc=folder.name, unit="step", disable=silent, leave=False)
-        open_tracker(recipe, accelerator, folder, start)
+        open_tracker(recipe, accelerator, start)
         self.last_step, self.last_time = start, time.perf_counter()
-        evaluates_again = every and start % every == 0
         if self.writes:
             keep_lines(
                 self.path,

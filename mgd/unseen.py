@@ -9,7 +9,7 @@ import datasets
 
 from mgd.data.datasets import Splits
 from mgd.data.partitions import read_manifest
-from mgd.data.reading import rows_of
+from mgd.data.reading import select_ids
 from mgd.errors import UserError
 from mgd.files import read_json, write_json
 from mgd.metrics import Scores
@@ -59,7 +59,7 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
         raise UserError(
             f"{run}: it, or a teacher of it, was shown all masks that [data] has; no image is left to score"
         )
-    return rows_of(splits.labeled, names)
+    return select_ids(splits.labeled, names)
 
 
 def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, num_images: int) -> str:

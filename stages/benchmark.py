@@ -31,7 +31,6 @@ from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.models.trial import check_trainable  # noqa: E402
 from mgd.needed import trained_teachers  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.registry import METHODS  # noqa: E402
 from mgd.runs import device_name, processor  # noqa: E402
 from mgd.sections import ModelSection  # noqa: E402
 
@@ -114,7 +113,7 @@ def _teachers(recipe: Recipe) -> dict[str, ModelSection]:
 def _costs(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print parameters and operations of all networks, and those of a training step."""
     num_classes, teachers = len(recipe.data.class_names()), _teachers(recipe)
-    images = recipe.optim.batch_size * METHODS.get(recipe.method.name).images_per_label
+    images = recipe.optim.batch_size * recipe.method_class.images_per_label
     for section in recipe.networks.values():
         bare = section.model_copy(update={"pretrained": False})
         check_trainable(bare, num_classes, images, recipe.data.crop, several_processes=False)
@@ -157,7 +156,7 @@ def _terms(recipe: Recipe, args: argparse.Namespace) -> None:
     accelerator = cli.start(recipe)
     if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
         raise UserError("the terms suite takes one process, in float32; start it by plain python")
-    trained = METHODS.get(recipe.method.name).sections(recipe.method, recipe.student)
+    trained = recipe.method_class.sections(recipe.method, recipe.student)
     if args.model and len(trained) > 1:
         raise UserError(f"--model is one network, and {recipe.method.name} trains {len(trained)}; leave it out")
     student = load_segmenter(args.model) if args.model else None

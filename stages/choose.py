@@ -18,8 +18,8 @@ from pathlib import Path  # noqa: E402
 from mgd import cli  # noqa: E402
 from mgd.checks import check_classes, usable_images  # noqa: E402
 from mgd.data.candidates import Candidates, find_candidates  # noqa: E402
+from mgd.data.images import Images  # noqa: E402
 from mgd.data.lists import check_ids, write_list  # noqa: E402
-from mgd.data.loaders import Images  # noqa: E402
 from mgd.data.partitions import draw  # noqa: E402
 from mgd.errors import UserError, some  # noqa: E402
 from mgd.files import write_text  # noqa: E402
@@ -138,7 +138,7 @@ def _write(output: Path, found: Candidates, images: Images, chosen: list[int], l
         mask = f"\t{found.masks / name}.png" if found.masks else ""
         lines.append(f"{images.path(index) or name}{mask}\n")
     write_text(output / "selected.txt", "".join(lines))
-    shown = [(images.ids[index], images.read(index, with_label=False)[0]) for index in chosen[:ON_SHEET]]
+    shown = [(images.ids[index], images.picture(index)) for index in chosen[:ON_SHEET]]
     save_contact_sheet(shown, output / "selected.png")
     write_list(output / "unlabeled.txt", lists[1])
     write_list(output / "labeled.txt", lists[0])

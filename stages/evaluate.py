@@ -15,8 +15,7 @@ import functools  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, usable  # noqa: E402
-from mgd.data.loaders import Images  # noqa: E402
+from mgd.checks import check_classes, usable_masked  # noqa: E402
 from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import evaluate_network  # noqa: E402
@@ -75,8 +74,7 @@ def main() -> None:
     what, chosen = "validation", splits.val
     if args.split == "unlabeled":
         what, chosen = "unlabelled training", unseen_masks(splits, folder, recipe, accelerator.print)
-    chosen = usable(chosen, splits.decoder, recipe.data, what, accelerator)
-    images = Images(chosen, splits.decoder, recipe.data.image_scale)
+    images = usable_masked(chosen, splits.decoder, recipe.data, what, accelerator)
     keep = None
     if args.save_predictions:
         mark_predictions(Path(args.save_predictions), mark, len(images))

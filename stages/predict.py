@@ -70,7 +70,7 @@ def main() -> None:
     bar = tqdm(total=len(share), unit="img", leave=False, disable=None if accelerator.is_main_process else True)
     with bar, torch.inference_mode():
         for group in _batches(share, args.batch, unreadable):
-            small = [to_tensor(rescale(picture, None, model.image_scale)[0]) for _, picture in group]
+            small = [to_tensor(rescale(picture, model.image_scale)) for _, picture in group]
             try:
                 scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
             except (RuntimeError, AssertionError, ValueError) as error:

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 
 from mgd import cli  # noqa: E402
 from mgd.checks import check_data  # noqa: E402
-from mgd.data.loaders import Images  # noqa: E402
+from mgd.data.images import Images  # noqa: E402
 from mgd.data.reading import load_splits  # noqa: E402
 from mgd.data.scan import scan  # noqa: E402
 from mgd.data.stream import Pool, scan_pool  # noqa: E402

@@ -16,8 +16,7 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.checks import usable  # noqa: E402
-from mgd.data.loaders import Images  # noqa: E402
+from mgd.checks import usable_masked  # noqa: E402
 from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import predict_samples  # noqa: E402
@@ -26,7 +25,7 @@ from mgd.markdown import markdown  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.pictures import evenly  # noqa: E402
 from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
-from mgd.report import Cell, as_csv, by_title, collect, notes, rows_of, tables  # noqa: E402
+from mgd.report import Cell, as_csv, by_title, collect, notes, result_rows, tables  # noqa: E402
 
 MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
@@ -47,7 +46,7 @@ def main() -> None:
     cells, remarks = collect(args.runs)
     remarks = [f"left out: {line}" for line in remarks] + notes(cells)
     folder = Path(args.output)
-    rows = rows_of(cells)
+    rows = result_rows(cells)
 
     # ---- tables ----
     parts = ["val mIoU in % of the last weights: mean ± sample standard deviation (n seeds; reference, difference)"]
@@ -107,8 +106,7 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     first = chosen[0].recipe
     accelerator = cli.start(first)
     splits = load_splits(first.data)
-    val = usable(splits.val, splits.decoder, first.data, "validation", accelerator)
-    images = Images(val, splits.decoder, first.data.image_scale)
+    images = usable_masked(splits.val, splits.decoder, first.data, "validation", accelerator)
     indices = evenly(len(images), samples)
     pictures: list[tuple] = []
     titles = ["image", "truth"]

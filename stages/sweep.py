@@ -34,7 +34,7 @@ from mgd.tables import tidy  # noqa: E402
 STAGES = Path(__file__).resolve().parent
 
 
-class Cell(NamedTuple):
+class Job(NamedTuple):
     """One recipe with one seed."""
 
     recipe: Recipe
@@ -44,12 +44,12 @@ class Cell(NamedTuple):
     """What no other process may be writing when it starts."""
 
 
-Cells = dict[Path, Cell]
+Jobs = dict[Path, Job]
 """By the folder of the run."""
 
 
 def main() -> None:
-    """Run every cell that is not finished, each in a process of its own, and print what came out of all."""
+    """Run every job that is not finished, each in a process of its own, and print what came out of all."""
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("recipes", nargs="+", help="TOML files; runs they need (teachers) come first, once")
     flags.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of each (0)")
@@ -64,17 +64,17 @@ def main() -> None:
     flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
     args = flags.parse_args()
 
-    cells = read_cells(args.recipes, args.seeds, args.set)
-    found = run_cells(cells, args.launch)
-    rows = [cli.result_row(found[folder]) if found[folder] else _empty_row(cells[folder].recipe) for folder in cells]
+    jobs = read_jobs(args.recipes, args.seeds, args.set)
+    found = run_jobs(jobs, args.launch)
+    rows = [cli.result_row(found[folder]) if found[folder] else _empty_row(jobs[folder].recipe) for folder in jobs]
     cli.print_rows(rows, args.json)
-    if failed := [folder.name for folder in cells if not found[folder]]:
+    if failed := [folder.name for folder in jobs if not found[folder]]:
         raise UserError(
-            f"{len(failed)} of {len(cells)} did not finish: {', '.join(failed)}; the same command tries them again"
+            f"{len(failed)} of {len(jobs)} did not finish: {', '.join(failed)}; the same command tries them again"
         )
 
 
-def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Cells:
+def read_jobs(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Jobs:
     """Read every recipe with every seed, and check that they fit together, before hours are spent.
 
     Raises:
@@ -82,13 +82,13 @@ def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[s
     """
     if seeded := [text for text in overrides if tidy(text).startswith("run.seed=")]:
         raise UserError(f"--set {seeded[0]}: the seeds of a sweep are given by --seeds")
-    cells: Cells = {}
+    jobs: Jobs = {}
     writers: dict[str, Recipe] = {}
     for seed in seeds:
         for path in paths:
             sets = [*overrides, f"run.seed={seed}"]
             recipe = load(path, sets)
-            if there := cells.get(recipe.run_dir.resolve()):
+            if there := jobs.get(recipe.run_dir.resolve()):
                 same = there.recipe
                 if (Path(path).resolve(), seed) == (Path(same.source).resolve(), same.run.seed):
                     continue  # named twice
@@ -100,39 +100,39 @@ def read_cells(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[s
             needed = needed_recipes(recipe)
             for title, other in {"the run": recipe, **needed}.items():
                 writers[f"{title} of {path}, seed {seed},"] = other
-            cells[recipe.run_dir.resolve()] = Cell(recipe, sets, folders_of(recipe, needed))
+            jobs[recipe.run_dir.resolve()] = Job(recipe, sets, folders_of(recipe, needed))
     check_folders(writers)
     for recipe in {recipe.run_dir.resolve(): recipe for recipe in writers.values()}.values():
         finished(recipe)
-    return cells
+    return jobs
 
 
-def run_cells(cells: Cells, launch: Sequence[str]) -> dict[Path, dict[str, Any] | None]:
-    """Run one cell after the other; one that fails does not stop the others.
+def run_jobs(jobs: Jobs, launch: Sequence[str]) -> dict[Path, dict[str, Any] | None]:
+    """Run one job after the other; one that fails does not stop the others.
 
     Returns:
-        folder -> metrics.json, or None of a cell that failed.
+        folder -> metrics.json, or None of a job that failed.
     """
     found: dict[Path, dict[str, Any] | None] = {}
     waiting_for = 0
-    while left := [folder for folder in cells if folder not in found]:
-        folder = next((folder for folder in left if not any(map(is_held, cells[folder].folders))), None)
+    while left := [folder for folder in jobs if folder not in found]:
+        folder = next((folder for folder in left if not any(map(is_held, jobs[folder].folders))), None)
         if folder is None:
             if len(left) != waiting_for:
                 waiting_for = len(left)
                 print(f"waiting: all of the {waiting_for} left are in work elsewhere, or need what is", flush=True)
             time.sleep(2)
             continue
-        cell = cells[folder]
+        job = jobs[folder]
         try:
-            if not (metrics := finished_metrics(cell.recipe)):
-                print(f"[{len(found) + 1}/{len(cells)}] {cell.recipe.source}, seed {cell.recipe.run.seed}", flush=True)
-                status = run_stage(launch, cell.recipe, cell.overrides)
-                if status == Busy.STATUS or (status and any(map(is_held, cell.folders))):
+            if not (metrics := finished_metrics(job.recipe)):
+                print(f"[{len(found) + 1}/{len(jobs)}] {job.recipe.source}, seed {job.recipe.run.seed}", flush=True)
+                status = run_stage(launch, job.recipe, job.overrides)
+                if status == Busy.STATUS or (status and any(map(is_held, job.folders))):
                     time.sleep(2)
                     continue  # another sweep was quicker, by a moment; a launcher's status does not say so
-                if not (metrics := finished_metrics(cell.recipe)):
-                    raise UserError(f"{cell.recipe.run_dir}: ended with status {status} and left no result")
+                if not (metrics := finished_metrics(job.recipe)):
+                    raise UserError(f"{job.recipe.run_dir}: ended with status {status} and left no result")
             found[folder] = metrics
         except UserError as error:
             print(f"note: {error}", flush=True)
@@ -218,7 +218,7 @@ def signals_for(child: Child) -> Iterator[None]:
 
 
 def _empty_row(recipe: Recipe) -> dict[str, Any]:
-    """The row of a cell that did not finish."""
+    """The row of a job that did not finish."""
     unknown = dict.fromkeys(("num_labeled", "num_unlabeled", "miou"))
     known = {"name": recipe.run_dir.name, "method": recipe.method.name, "backbone": recipe.student.backbone}
     return cli.result_row({**unknown, **known, "seconds": 0}) | {"minutes": None}

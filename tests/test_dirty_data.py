@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from conftest import TINY, forget_data
 
 from mgd.checks import check_recipe, finished
-from mgd.data.loaders import Images
+from mgd.data.images import Images
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.export.samples import of_recipe

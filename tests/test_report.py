@@ -10,7 +10,7 @@ import tomli_w
 from accelerate import Accelerator
 from conftest import ROOT
 
-from mgd.data.loaders import Images
+from mgd.data.images import Images
 from mgd.data.reading import load_splits
 from mgd.errors import UserError
 from mgd.experiment import evaluate_network, run_recipe
@@ -18,7 +18,7 @@ from mgd.markdown import markdown
 from mgd.models.segmenter import load_segmenter
 from mgd.needed import needed_recipes
 from mgd.recipe import load
-from mgd.report import as_csv, collect, notes, rows_of, tables
+from mgd.report import as_csv, collect, notes, result_rows, tables
 
 REFERENCE = {"miou": 55.0, "source": "paper, Table 9"}
 
@@ -60,9 +60,9 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
         ["b", "cps", "test_resnet", "", "61.00 (n=1)"],
     ]
     assert list(table[0])[3:] == ["2: 2 / 10", "4: 4 / 8"]
-    row = next(row for row in rows_of(cells) if row["run"] == "a_4")
+    row = next(row for row in result_rows(cells) if row["run"] == "a_4")
     assert (row["miou"], row["spread"], row["difference"], row["seeds"]) == (60.0, 10.0, 5.0, "0 1 2")
-    read = list(csv.DictReader(as_csv(rows_of(cells)).splitlines()))
+    read = list(csv.DictReader(as_csv(result_rows(cells)).splitlines()))
     assert [float(line["miou"]) for line in read] == [40.0, 60.0, 61.0]
     assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
 
@@ -95,13 +95,13 @@ def test_gains_are_differences_of_the_same_seed(fake_run, tmp_path):
         fake_run("plain_long", seed, 99.0, optim={"steps": 8})
         fake_run("cps", seed, better, method={"name": "cps"})
     fake_run("cps_2", 0, 45.0, method={"name": "cps"}, partition={"labeled": 2})
-    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["cps"]["gain"] == pytest.approx(2.5) and rows["cps"]["miou_by_seed"] == "53.00 61.00 43.50"
     assert rows["cps"]["gain_spread"] == pytest.approx(np.std([3.0, 1.0, 3.5], ddof=1))
     assert [rows[name]["gain"] for name in ("plain", "plain_long", "cps_2")] == [None] * 3
     shutil.rmtree(tmp_path / "runs" / "plain-s1")
     shutil.rmtree(tmp_path / "runs" / "plain_long-s1")
-    assert rows_of(collect([tmp_path / "runs"])[0])[0]["gain"] is None  # it would not be of the seeds of the mIoU
+    assert result_rows(collect([tmp_path / "runs"])[0])[0]["gain"] is None  # it would not be of the seeds of the mIoU
 
 
 def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_path):
@@ -110,7 +110,7 @@ def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_pat
             place = fake_run(name, seed, 50.0, method={"name": method})
             (place / "unlabeled.json").write_text(json.dumps({"miou": unseen, "num_images": 8}))
     fake_run("other", 0, 60.0, method={"name": "cps", "weight": 2.0})
-    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert (rows["cps"]["unlabeled_miou"], rows["cps"]["unlabeled_gain"], rows["cps"]["gain"]) == (33.25, 1.25, 0.0)
     assert rows["cps"]["unlabeled_gain_spread"] == pytest.approx(np.std([1.5, 1.0], ddof=1))
     assert rows["cps"]["unlabeled_spread"] == pytest.approx(np.std([31.5, 35.0], ddof=1))
@@ -120,10 +120,10 @@ def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_pat
         fake_run("near", seed, miou, optim={"momentum": 0.5})
         fake_run("cps_near", seed, 51.0, method={"name": "cps"}, optim={"momentum": 0.5})
         (tmp_path / "runs" / f"cps_near-s{seed}" / "unlabeled.json").write_text('{"miou": 40.0, "num_images": 8}')
-    row = next(row for row in rows_of(collect([tmp_path / "runs"])[0]) if row["run"] == "cps_near")
+    row = next(row for row in result_rows(collect([tmp_path / "runs"])[0]) if row["run"] == "cps_near")
     assert (row["gain"], row["unlabeled_miou"], row["unlabeled_gain"]) == (1.0, 40.0, None)
     (tmp_path / "runs" / "cps-s1" / "unlabeled.json").unlink()
-    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["cps"]["unlabeled_miou"] is None and rows["cps"]["unlabeled_gain"] is None  # of fewer seeds than miou
 
 
@@ -134,7 +134,7 @@ def test_scores_of_other_unlabelled_images_are_not_compared(fake_run, tmp_path):
             (place / "unlabeled.json").write_text(json.dumps({"miou": 30.0, "num_images": 8}))
     changed = tmp_path / "runs" / "plain-s1" / "unlabeled.json"
     changed.write_text(json.dumps({"miou": 30.0, "num_images": 7}))
-    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["plain"]["unlabeled_miou"] is None
     assert rows["cps"]["unlabeled_miou"] == 30.0 and rows["cps"]["unlabeled_gain"] is None
 
@@ -147,7 +147,7 @@ def test_a_damaged_score_of_unlabelled_images_costs_no_run(fake_run, tmp_path, d
     place = fake_run("plain", 0, 50.0)
     (place / "unlabeled.json").write_text(damage)
     cells, left_out = collect([tmp_path / "runs"])
-    assert rows_of(cells)[0]["miou"] == 50.0 and rows_of(cells)[0]["unlabeled_miou"] is None
+    assert result_rows(cells)[0]["miou"] == 50.0 and result_rows(cells)[0]["unlabeled_miou"] is None
     assert len(left_out) == 1 and "is damaged; score the run again" in left_out[0]
 
 
@@ -169,7 +169,7 @@ def test_a_teacher_of_no_use_has_no_share(fake_run, tmp_path, miou):
     (teacher / "metrics.json").write_text(json.dumps({"miou": miou}))
     method = {"name": "kd", "distill_from": ["deep"]}
     fake_run("student", 0, 40.0, method=method, teachers={"deep": {"checkpoint": str(teacher)}})
-    (row,) = rows_of(collect([tmp_path / "runs"])[0])
+    (row,) = result_rows(collect([tmp_path / "runs"])[0])
     assert row["run"] == "student" and row["of_teacher"] is None
 
 
@@ -189,7 +189,7 @@ def test_a_gain_is_over_what_the_method_alone_changes(fake_run, tmp_path):
     }
     for name, changed in changes.items():
         fake_run(name, 0, 47.0, **changed)
-    rows = {row["run"]: row["gain"] for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row["gain"] for row in result_rows(collect([tmp_path / "runs"])[0])}
     found = {name: rows[name] for name in changes}
     assert found == {
         **{"cps": 7.0, "cps_weighted": 1.0, "cps_other": 3.0, "cps_pool": 7.0},
@@ -203,10 +203,10 @@ def test_the_share_of_the_better_teacher(fake_run, tmp_path):
         given = fake_run("wide", seed, second, folder="elsewhere")
         teachers = {"d": {"recipe": str(tmp_path / "deep.toml")}, "w": {"checkpoint": str(given)}}
         fake_run("kd", seed, student, teachers=teachers, method={"name": "kd", "distill_from": ["d", "w"]})
-    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["kd"]["of_teacher"] == pytest.approx((90 + 80) / 2) and rows["deep"]["of_teacher"] is None
     (given / "metrics.json").unlink()
-    rows = {row["run"]: row for row in rows_of(collect([tmp_path / "runs"])[0])}
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["kd"]["of_teacher"] is None
 
 

@@ -15,7 +15,8 @@ import PIL.Image
 import torch
 
 from mgd.benchmarks.timing import alternate
-from mgd.data.loaders import LABELED, Images, TrainingPairs
+from mgd.data.images import Images
+from mgd.data.loaders import LABELED, TrainingPairs
 from mgd.data.transforms import IGNORE_INDEX, MEAN_COLOR, LabelDecoder, View
 from mgd.errors import UserError
 from mgd.sections import DataSection

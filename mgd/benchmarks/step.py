@@ -25,7 +25,6 @@ from mgd.methods.mgd import MGD, MGDConfig
 from mgd.models.backbones import feature_maps
 from mgd.models.segmenter import Segmenter, SegOutput, nameless_segmenter
 from mgd.recipe import Recipe
-from mgd.registry import METHODS
 from mgd.sections import ModelSection, TeacherCache
 
 
@@ -195,7 +194,7 @@ def training_gmacs(recipe: Recipe, teachers: Mapping[str, ModelSection]) -> floa
         recipe: its method, networks, crop and batch.
         teachers: the sections of its frozen teachers by name, which are asked in every step.
     """
-    num_classes, method_class = len(recipe.data.class_names()), METHODS.get(recipe.method.name)
+    num_classes, method_class = len(recipe.data.class_names()), recipe.method_class
     batch = random_batch(recipe.optim.batch_size, recipe.data.crop, num_classes, torch.device("cpu"))
     config = recipe.method.model_copy(update={"ohem": None})  # hard pixels cannot be told without values
     with torch.device("meta"):

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 
-from mgd.data.loaders import StepSampler, TrainingPairs, start_worker, training_loader
+from mgd.data.images import start_worker
+from mgd.data.loaders import StepSampler, TrainingPairs, training_loader
 from mgd.data.stream import Place, Pool, StreamBatches
 from mgd.errors import UserError
 from mgd.files import append_line, keep_lines

@@ -6,109 +6,22 @@ many, and a resumed run goes on exactly where it stopped.
 """
 
 import functools
-import os
-import signal
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import datasets
 import numpy as np
 import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mgd.data.cutmix import box_masks
+from mgd.data.images import EachImage, Images, available_cpus, evaluation_item, start_worker
 from mgd.data.targets import CachedTargets
-from mgd.data.transforms import LabelDecoder, View, augment, draw_view
+from mgd.data.transforms import View, augment, draw_view
 from mgd.errors import UserError
-from mgd.pictures import UNREADABLE, decode, rescale, to_rgb, to_tensor
 from mgd.sections import DataSection
 
 LABELED, UNLABELED, MIX, MASK = range(4)  # the streams of randomness; each is drawn on its own
 UNLABELED_STREAMS = {"unlabeled": UNLABELED, "mix": MIX}
-
-
-class Images:
-    """Random access to decoded images, with labels where they are asked for.
-
-    Args:
-        source: columns `id`, `image` and, unless no label is ever asked for, `label`.
-        decoder: turns a mask into class indices; None if no label is ever asked for.
-        image_scale: factor by which images and labels are resized first.
-    """
-
-    def __init__(self, source: datasets.Dataset, decoder: LabelDecoder | None = None, image_scale: float = 1.0) -> None:
-        self.ids = list(source["id"])
-        for column in {"image", "label"} & set(source.column_names):
-            source = source.cast_column(column, datasets.Image(decode=False))
-        self._rows = source
-        self._without_masks = source.select_columns(["id", "image"])
-        self.decoder, self.image_scale = decoder, image_scale
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.ids)
-
-    def path(self, index: int) -> Path | None:
-        """Return where an image lies; None of one that is no file of its own."""
-        row = self._without_masks[index]["image"]
-        return Path(row["path"]) if row["bytes"] is None else None
-
-    def encoded(self, index: int) -> bytes:
-        """Return the file of an image as it is.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        row = self._without_masks[index]["image"]
-        try:
-            return row["bytes"] if row["bytes"] is not None else Path(row["path"]).read_bytes()
-        except OSError as error:
-            raise UserError(f"image {self.ids[index]} cannot be read: {error}") from error
-
-    def mask_sums(self) -> dict[str, int]:
-        """Return the CRC-32 of every mask that is a file of its own, by id."""
-        masks = ((row["id"], row["label"]) for row in self._rows.select_columns(["id", "label"]))
-        files = {name: Path(mask["path"]) for name, mask in masks if mask and mask["bytes"] is None}
-        return {name: zlib.crc32(path.read_bytes()) for name, path in files.items()}
-
-    def read(
-        self, index: int, with_label: bool, last_row: Callable[[int, int], int] | None = None
-    ) -> tuple[PIL.Image.Image, np.ndarray | None]:
-        """Return the RGB image and its `[H, W]` uint8 label (None unless asked for).
-
-        Args:
-            index: which one.
-            with_label: read the mask, too.
-            last_row: given width and height, how many rows from the top are needed, which saves time; the
-                image may be black below, and the label has no more rows. Left out, or with image_scale: all.
-
-        Raises:
-            UserError: image or mask cannot be decoded, or their sizes differ.
-        """
-        name = self.ids[index]
-        try:
-            row = (self._rows if with_label else self._without_masks)[index]
-            if row["image"] is None or (with_label and row["label"] is None):
-                raise ValueError("the table holds no image or no mask for it")
-            last_row = last_row if self.image_scale == 1 else None
-            image = to_rgb(decode(row["image"], last_row))
-            mask = decode(row["label"], last_row) if with_label else None
-        except UNREADABLE as error:
-            raise UserError(f"image {name} cannot be read: {error}") from error
-        label = None
-        if mask is not None:
-            if mask.size != image.size:
-                raise UserError(
-                    f"mask of {name} is {mask.width}x{mask.height} pixels, its image "
-                    f"{image.width}x{image.height}; the two must agree"
-                )
-            if last_row is not None:
-                mask = mask.crop((0, 0, mask.width, last_row(*mask.size)))
-            label = self.decoder(mask, name)
-        return rescale(image, label, self.image_scale)
 
 
 class TrainingPairs(Dataset):
@@ -252,24 +165,8 @@ def training_loader(pairs: TrainingPairs, sampler: StepSampler, workers: int, pi
     )
 
 
-class EvaluationImages(Dataset):
-    """Whole images with labels, in order: `(id, image [3, H, W] uint8, label [H, W] int64)`."""
-
-    def __init__(self, images: Images) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor, torch.Tensor]:
-        """Return one image and its label."""
-        image, label = self.images.read(index, with_label=True)
-        return self.images.ids[index], to_tensor(image), torch.from_numpy(label.astype(np.int64))
-
-
 def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, world_size: int) -> DataLoader:
-    """Return a loader of this process's share of the images: lists of `EvaluationImages` items.
+    """Return a loader of this process's share of the images: lists of `evaluation_item`s.
 
     Args:
         images: with labels.
@@ -280,61 +177,12 @@ def evaluation_loader(images: Images, batch_size: int, workers: int, rank: int, 
     """
     share = list(range(rank, len(images), world_size))
     return DataLoader(
-        torch.utils.data.Subset(EvaluationImages(images), share),
+        EachImage(images, share, evaluation_item),
         batch_size=batch_size,
         num_workers=min(workers, len(share), available_cpus()),
         collate_fn=list,
         worker_init_fn=start_worker,
     )
-
-
-class _Each(Dataset):
-    def __init__(self, images: Images, order: Sequence[int], what: Callable[[Images, int], Any]) -> None:
-        self.images, self.order, self.what = images, order, what
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, place: int) -> Any:
-        return self.what(self.images, self.order[place])
-
-
-def read_each(images: Images, order: Sequence[int], what: Callable[[Images, int], Any], workers: int) -> Iterator[Any]:
-    """Yield `what(images, index)`, as it is, of some images.
-
-    Args:
-        images: where they are.
-        order: the indices.
-        what: is called in a data loading process, if there are any.
-        workers: how many of these may be started; for a few images none is.
-    """
-    workers = min(workers, available_cpus()) if len(order) > 100 else 0  # processes take seconds to start
-    return iter(
-        DataLoader(
-            _Each(images, order, what),
-            batch_size=None,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=start_worker,
-        )
-    )
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def available_cpus() -> int:
-    """Cores that this process may use (a container or `taskset` may hide some)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def start_worker(_: int) -> None:
-    """Set up a data loading process."""
-    torch.set_num_threads(1)
-    # A signal to the whole group is the training process's to answer; it still needs its workers.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def per_process(batch_size: int, world_size: int) -> int:

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from mgd.data.datasets import Splits
-from mgd.data.loaders import Images
+from mgd.data.images import Images
 from mgd.data.partitions import Split, split
 from mgd.data.stream import whole_pool
 from mgd.errors import UserError, one_line, some
@@ -82,7 +82,7 @@ def _presence(section: DataSection) -> dict[str, np.ndarray]:
     return found
 
 
-def rows_of(source: datasets.Dataset, ids: Collection[str]) -> datasets.Dataset:
+def select_ids(source: datasets.Dataset, ids: Collection[str]) -> datasets.Dataset:
     """Return the rows of these ids, in the table's order."""
     wanted = set(ids)
     return source.select([index for index, name in enumerate(source["id"]) if name in wanted])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from mgd.data.loaders import Images, read_each
+from mgd.data.images import Images, read_each
 from mgd.errors import UserError
 
 

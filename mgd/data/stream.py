@@ -221,7 +221,7 @@ class StreamBatches(IterableDataset):
             except Exception as error:  # of the many libraries that read a pool
                 raise _unreadable(self.pool.section, error) from error
             try:
-                image, _ = rescale(_decode(name, value), None, self.pairs.section.image_scale)
+                image = rescale(_decode(name, value), self.pairs.section.image_scale)
                 return name, image, place
             except UserError as error:
                 where = f"[data.unlabeled] {self.pool.section.location}: {error}"

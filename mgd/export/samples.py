@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mgd.checks import check_classes
-from mgd.data.loaders import EvaluationImages, Images
+from mgd.data.images import Images, evaluation_item
 from mgd.data.reading import load_splits, split_data
 from mgd.errors import UserError
 from mgd.export.verify import Sample
@@ -28,27 +28,28 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
     splits = load_splits(recipe.data)
     check_classes(splits.classes, model, "the model")
     partition = split_data(recipe.data, recipe.partition, recipe.partition_seed)
-    val = EvaluationImages(Images(splits.val, splits.decoder, model.image_scale))
+    val = Images(splits.val, splits.decoder, model.image_scale)
     pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"
-    tried = _some(len(val), count, lambda index: Sample(*val[index][1:]), skips)
-    read = _some(len(pool), count, lambda index: Sample(to_tensor(pool.read(index, with_label=False)[0])), skips)
+    tried, _ = _some(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)
+    read, _ = _some(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
     for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(pool))):
         if not found:
             raise UserError(f"[data] none of {min(count, total)} {what} images can be read")
     return tried, read
 
 
-def _some(total: int, count: int, read: Callable[[int], Sample], skips: bool) -> list[Sample]:
-    """Read up to `count` of `total` images, spread evenly; `skips`: leave out what cannot be read."""
-    found = []
+def _some(total: int, count: int, read: Callable[[int], Sample], skips: bool = True) -> tuple[list[Sample], list[str]]:
+    """Read up to `count` of `total` images, spread evenly; return them, and what is wrong with others if it `skips`."""
+    found, problems = [], []
     for index in evenly(total, count):
         try:
             found.append(read(index))
-        except UserError:
+        except UserError as error:
             if not skips:
                 raise
-    return found
+            problems.append(str(error))
+    return found, problems
 
 
 def of_folder(source: str | Path, model: Segmenter, count: int) -> tuple[list[Sample], list[str]]:
@@ -58,14 +59,9 @@ def of_folder(source: str | Path, model: Segmenter, count: int) -> tuple[list[Sa
         UserError: no image there, or none of those chosen can be read.
     """
     files = list_pictures(source)
-    samples, problems = [], []
-    for index in evenly(len(files), count):
-        try:
-            small, _ = rescale(read_picture(files[index]), None, model.image_scale)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        samples.append(Sample(to_tensor(small)))
+    samples, problems = _some(
+        len(files), count, lambda index: Sample(to_tensor(rescale(read_picture(files[index]), model.image_scale)))
+    )
     if not samples:
         raise UserError(f"{source}: none of the {len(problems)} images tried can be read; {problems[0]}")
     return samples, problems

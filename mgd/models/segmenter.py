@@ -163,7 +163,7 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
             whole = to_rgb(upright(picture))
         except UNREADABLE as error:
             raise UserError(f"the image cannot be read: {one_line(error)}") from error
-        small, _ = rescale(whole, None, self.image_scale)
+        small = rescale(whole, self.image_scale)
         try:
             logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
             classes = enlarge(logits, whole.size[::-1]).argmax(dim=1)

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from mgd.data import shapes
 from mgd.data.datasets import CamVid, Folder, Shapes, default_colors
-from mgd.data.loaders import Images
+from mgd.data.images import Images
 from mgd.errors import UserError
 
 CAMVID = ROOT.parent / "shared" / "camvid"
@@ -91,6 +91,15 @@ def test_masks_that_are_added_move_no_image_between_training_and_evaluation():
     assert [len(section.held_out(names[:count])) for count in (2, 3)] == [1, 1]
     every = section.model_copy(update={"val_share": 0.999})
     assert len(every.held_out(names[:5])) == 4, "one is left to learn from"
+
+
+def test_masks_are_resized_with_their_images(folder):
+    splits = Folder(name="folder", root=str(folder), classes=("road", "rest")).load()
+    for index, name in enumerate(splits.labeled["id"]):
+        image, label = Images(splits.labeled, splits.decoder, image_scale=0.5).read(index, with_label=True)
+        mask = PIL.Image.open(folder / "masks" / f"{name}.png")
+        assert image.size == (round(mask.width / 2), round(mask.height / 2)) and label.dtype == np.uint8
+        assert (label == np.asarray(mask.resize(image.size, PIL.Image.Resampling.NEAREST))).all()
 
 
 def test_folder_of_ones_own(folder):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mgd.data.datasets import Shapes, table
-from mgd.data.loaders import Images, StepSampler, TrainingPairs, evaluation_loader, per_process, training_loader
+from mgd.data.images import Images
+from mgd.data.loaders import StepSampler, TrainingPairs, evaluation_loader, per_process, training_loader
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 from mgd.data.datasets import default_colors
+from mgd.data.images import Images
 from mgd.data.lists import match, public_lists, read_list, write_list
-from mgd.data.loaders import Images
 from mgd.data.partitions import split
 from mgd.data.public import CITYSCAPES, VOC, Cityscapes
 from mgd.data.reading import read_splits

@@ -17,7 +17,8 @@ import pytest
 from accelerate import Accelerator
 
 from mgd.data.feed import Feed
-from mgd.data.loaders import Images, TrainingPairs
+from mgd.data.images import Images
+from mgd.data.loaders import TrainingPairs
 from mgd.data.reading import load_splits
 from mgd.data.stream import Pool, whole_pool
 from mgd.recipe import load

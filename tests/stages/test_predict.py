@@ -99,7 +99,7 @@ def test_windows_without_a_recipe(tmp_path, model, capsys):
         assert status == 0, error
         found[mode] = load_file(tmp_path / mode / "probabilities" / "a.safetensors")["probabilities"].float()
     network = load_segmenter(model).eval()
-    small = to_tensor(rescale(PIL.Image.fromarray(pixels), None, 0.5)[0])[None]
+    small = to_tensor(rescale(PIL.Image.fromarray(pixels), 0.5))[None]
     for mode, logits in (
         ("whole", network(small).logits),
         ("slide", predict_logits(network, small, Eval(mode="slide"), 32)),
