@@ -8,6 +8,8 @@ from mgd.tables import labeled_amount
 
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]|\{seed\})*$")]
 Positive = Annotated[int, Field(gt=0)]
+Text = Annotated[str, Field(min_length=1)]
+Scales = Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)]
 
 
 PUBLIC_SHARES = ("1/16", "1/8", "1/4", "1/2")
@@ -32,7 +34,7 @@ class Run(Section):
     """Folder of the run below `output`; `{seed}` in it stands for the seed."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Draws the partition, the initial weights, the order and augmentation of images, CutMix boxes."""
-    output: Annotated[str, Field(min_length=1)] = "runs"
+    output: Text = "runs"
     """Folder that holds the runs, relative to the working directory."""
     log_every: Positive = 10
     """Steps between two lines of metrics.jsonl."""
@@ -49,11 +51,11 @@ class Run(Section):
 class UnlabeledSection(Section):
     """`[data.unlabeled]`: a pool of unlabelled images beside the data set; give one of hub, parquet, webdataset."""
 
-    hub: Annotated[str, Field(min_length=1)] | None = None
+    hub: Text | None = None
     """Data set on the hub ("org/name")."""
-    parquet: Annotated[str, Field(min_length=1)] | None = None
+    parquet: Text | None = None
     """Folder of *.parquet files, images as bytes."""
-    webdataset: Annotated[str, Field(min_length=1)] | None = None
+    webdataset: Text | None = None
     """Folder of *.tar files; the image column is then the suffix, e.g. "jpg"."""
     split: str = "train"
     """Split of a hub data set."""
@@ -61,7 +63,7 @@ class UnlabeledSection(Section):
     """Column of the image."""
     streaming: bool = False
     """Read it as an endless stream, of any length, in place of all other unlabelled images."""
-    buffer: Annotated[int, Field(gt=0)] = 1000
+    buffer: Positive = 1000
     """Images that a reader of the stream holds in memory and shuffles."""
 
     @model_validator(mode="after")
@@ -87,7 +89,7 @@ class DataSection(Section):
     """Every image and mask is first resized by this factor (0.5 = half resolution)."""
     crop: Annotated[int, Field(ge=32)] = 512
     """Side of the square training crop, pixels."""
-    scales: Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)] = (
+    scales: Scales = (
         0.5,
         0.75,
         1.0,
@@ -191,7 +193,7 @@ class TeacherCache(Section):
 
     folder: FolderName = "teacher_cache-s{seed}"
     """Folder of the cache below [run] output; `{seed}` in it stands for the seed."""
-    scales: Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)] = (1.0,)
+    scales: Scales = (1.0,)
     """Sizes at which the teachers see an image; of several, the mean of what they predict counts."""
     flip: bool = False
     """Let them see the mirrored image too."""
@@ -249,7 +251,7 @@ class Eval(Section):
     """Step of the window as a share of its side."""
     batch_size: Annotated[int, Field(gt=0, le=4096)] = 8
     """Images of one size predicted at once a process."""
-    scales: Annotated[tuple[Annotated[float, Field(ge=0.01, le=8)], ...], Field(min_length=1)] = (1.0,)
+    scales: Scales = (1.0,)
     """Test-time scales; of several, and of flip, the mean of the class probabilities counts."""
     flip: bool = False
     """Predict the mirrored image too."""

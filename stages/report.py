@@ -70,16 +70,10 @@ def main() -> None:
 
     # ---- figures ----
     groups = by_title(cells)
-    cost = {cell.label: row["gmacs"] for cell, row in zip(cells, rows, strict=True)}
-    points: dict[str, list] = {title: [] for title in groups}
-    for cell in cells:
-        text = f"{cell.row_name}, {cell.num_labeled}"
-        points[cell.title].append((cell.recipe.method.name, text, cost[cell.label], cell.mean, cell.spread))
-    plot_costs(points, folder / "cost.png")
+    plot_costs({title: list(map(_cost_point, members)) for title, members in groups.items()}, folder / "cost.png")
     lines: dict[str, dict[str, list]] = {title: {} for title in groups}
     for cell in cells:
-        point = (cell.num_labeled, cell.mean, cell.spread)
-        lines[cell.title].setdefault(cell.row_name, []).append(point)
+        lines[cell.title].setdefault(cell.row_name, []).append((cell.num_labeled, cell.mean, cell.spread))
     plot_partitions(lines, folder / "partitions.png")
     for path in folder.glob("samples_*.png"):
         if re.fullmatch(r"samples_\d+\.png", path.name):
@@ -93,6 +87,12 @@ def main() -> None:
             except UserError as error:
                 print(f"note: no picture of {title}: {error}")
     print(f"\n{folder}: {', '.join(written)}")
+
+
+def _cost_point(cell: Cell) -> tuple[str, str, float, float, float | None]:
+    """Return a point of `plot_costs`."""
+    text = f"{cell.row_name}, {cell.num_labeled}"
+    return cell.recipe.method.name, text, cell.cost["total"].gmacs, cell.mean, cell.spread
 
 
 def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:

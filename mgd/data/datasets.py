@@ -21,7 +21,7 @@ from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
 from mgd.pictures import SUFFIXES, pictures_below
 from mgd.registry import DATASETS
-from mgd.sections import DataSection
+from mgd.sections import DataSection, Positive
 
 Color = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
@@ -60,9 +60,9 @@ class Splits:
 class Shapes(DataSection):
     """Generated images, see mgd/data/shapes.py; nothing is read from disk."""
 
-    num_train: Annotated[int, Field(gt=0)] = 300
+    num_train: Positive = 300
     """Training images."""
-    num_val: Annotated[int, Field(gt=0)] = 100
+    num_val: Positive = 100
     """Validation images."""
     size: Annotated[int, Field(ge=32, le=1024)] = 96
     """Side of an image, pixels."""

@@ -41,8 +41,8 @@ class Feed:
         self.workers = max(1, section.workers)  # whatever the machine: each worker has its own part of the stream
         self.readers = self.workers * accelerator.num_processes
         self.skipped, self.places = 0, {}
-        if accelerator.is_main_process and self.log.exists():
-            self._forget(reached["step"])
+        if accelerator.is_main_process:  # the steps after the resume point are done again
+            keep_lines(self.log, lambda row: row["step"] <= reached["step"])
         if saved := reached["stream"]:
             self.skipped = saved["skipped"] if accelerator.is_main_process else 0
             self.places = {int(slot): Place(*place) for slot, place in saved["places"].items()}
@@ -96,10 +96,6 @@ class Feed:
         for image in batch.pop("skipped"):
             self.skipped += 1
             append_line(self.log, {"step": step + 1, "image": image})
-
-    def _forget(self, start: int) -> None:
-        """Drop what was listed after the resume point; those steps are done again."""
-        keep_lines(self.log, lambda row: row["step"] <= start)
 
     def state(self) -> dict | None:
         """Return what a resume point keeps of the stream, the same on all processes."""

@@ -84,25 +84,23 @@ class PublicSection(DataSection):
         return Splits(labeled, unlabeled, val, classes, colors, decoder)
 
     def _from_tables(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        files = None if self.parquet is None else self._parquet_files()
         try:
-            if self.hub is not None:
-                tables = datasets.load_dataset(self.hub)
-            else:
-                folder = existing_folder(self.parquet, "[data] parquet")
-                found = {split: sorted(folder.glob(f"{split}*.parquet")) for split in _SPLITS}
-                # `load_dataset` takes names for patterns.
-                files = {split: [glob.escape(str(path)) for path in paths] for split, paths in found.items()}
-                if missing := [split for split, names in files.items() if not names]:
-                    raise UserError(f"{folder}: no {missing[0]}*.parquet")
-                tables = datasets.load_dataset("parquet", data_files=files)
+            tables = datasets.load_dataset("parquet", data_files=files) if files else datasets.load_dataset(self.hub)
         except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(f"[data] {self.hub or self.parquet} cannot be loaded: {one_line(error)}") from error
         val = "val" if "val" in tables else "validation"
         if missing := [split for split in ("train", val) if split not in tables]:
             raise UserError(f"[data] {self.hub}: no split {missing[0]}; it has {', '.join(tables)}")
         return self._columns(tables["train"]), self._columns(tables[val])
+
+    def _parquet_files(self) -> dict[str, list[str]]:
+        folder = existing_folder(self.parquet, "[data] parquet")
+        found = {split: sorted(folder.glob(f"{split}*.parquet")) for split in _SPLITS}
+        if missing := [split for split, paths in found.items() if not paths]:
+            raise UserError(f"{folder}: no {missing[0]}*.parquet")
+        # `load_dataset` takes names for patterns.
+        return {split: [glob.escape(str(path)) for path in paths] for split, paths in found.items()}
 
     def _columns(self, source: datasets.Dataset) -> datasets.Dataset:
         wanted = {self.id_column: "id", self.image_column: "image", self.label_column: "label"}

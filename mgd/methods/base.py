@@ -1,7 +1,7 @@
 """What the training loop asks of a method."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -12,6 +12,9 @@ from mgd.losses import supervised
 from mgd.sections import ModelSection, Section
 
 IGNORE_INDEX = 255
+Weight = Annotated[float, Field(ge=0)]
+OnImages = Annotated[tuple[Literal["labeled", "unlabeled"], ...], Field(min_length=1)]
+"""Which images of a step a term is computed on."""
 
 Batch = Mapping[str, Tensor]
 """Of tensors, and lists of ids that methods leave alone. Keys: `image` `[B, 3, H, W]` uint8 and `label` `[B, H, W]`
@@ -71,7 +74,7 @@ class Method:
     uses_unlabeled: ClassVar[bool] = True
     needs_teachers: ClassVar[bool] = False
     images_per_label: ClassVar[int] = 2
-    """Images of one forward pass for each labelled image: what batch statistics are made of."""
+    """OnImages of one forward pass for each labelled image: what batch statistics are made of."""
     class_weights: Tensor | None = None
     """`[K]`, of the supervised loss; see `weigh_classes`."""
 

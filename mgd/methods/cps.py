@@ -1,15 +1,14 @@
 """CPS: two networks teach each other (Chen et al., CVPR 2021), with CutMix."""
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from mgd.data.cutmix import mix
 from mgd.losses import supervised
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, bare
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, Weight, bare
 from mgd.registry import METHODS
 
 
@@ -17,7 +16,7 @@ class CPSConfig(MethodSection):
     """Keys of `[method]` for `cps`."""
 
     name: Literal["cps"] = "cps"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     """Weight of the cross pseudo supervision (MGD's teachers: 1 on VOC, 5 on Cityscapes)."""
 
 

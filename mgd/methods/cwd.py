@@ -1,10 +1,9 @@
 """CWD: the student imitates where each class channel of the teachers looks."""
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from mgd.losses.cwd import channel_wise
+from mgd.methods.base import Weight
 from mgd.methods.kd import LogitDistillation, LogitSection, Temperature
 from mgd.registry import METHODS
 
@@ -13,7 +12,7 @@ class CWDConfig(LogitSection):
     """Keys of `[method]` for `cwd`."""
 
     name: Literal["cwd"] = "cwd"
-    weight: Annotated[float, Field(ge=0)] = 3.0
+    weight: Weight = 3.0
     """Weight of the distillation loss."""
     temperature: Temperature = 4.0
     """Divides the logits of both."""

@@ -10,7 +10,17 @@ from torch.nn import functional
 
 from mgd.data.cutmix import mix
 from mgd.losses.kd import pixel_kl
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, check_names, check_used, teacher_outputs
+from mgd.methods.base import (
+    Batch,
+    Method,
+    MethodSection,
+    OnImages,
+    StepOutput,
+    Weight,
+    check_names,
+    check_used,
+    teacher_outputs,
+)
 from mgd.registry import METHODS
 
 Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
@@ -21,9 +31,9 @@ class LogitSection(MethodSection):
 
     distill_from: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names under [teachers]; the losses of several are averaged."""
-    on: Annotated[tuple[Literal["labeled", "unlabeled"], ...], Field(min_length=1)] = ("labeled", "unlabeled")
-    """Images it is taken on; the unlabelled ones are CutMix-ed, teachers and student see the same."""
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    on: OnImages = ("labeled", "unlabeled")
+    """OnImages it is taken on; the unlabelled ones are CutMix-ed, teachers and student see the same."""
+    weight: Weight = 1.0
     """Weight of the distillation loss."""
     temperature: Temperature = 1.0
     """Divides the logits of both."""

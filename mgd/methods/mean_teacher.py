@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from mgd.data.cutmix import mix
-from mgd.methods.base import Batch, Method, MethodSection, StepOutput, bare
+from mgd.methods.base import Batch, Method, MethodSection, StepOutput, Weight, bare
 from mgd.registry import METHODS
 
 
@@ -18,7 +18,7 @@ class MeanTeacherConfig(MethodSection):
     """Keys of `[method]` for `mean_teacher`."""
 
     name: Literal["mean_teacher"] = "mean_teacher"
-    weight: Annotated[float, Field(ge=0)] = 100.0
+    weight: Weight = 100.0
     """Weight of the consistency, a mean over pixels and classes."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the average; ramped up as min(decay, 1 - 1 / (step + 1))."""

@@ -18,7 +18,9 @@ from mgd.methods.base import (
     Batch,
     Method,
     MethodSection,
+    OnImages,
     StepOutput,
+    Weight,
     balance_processes,
     check_names,
     check_used,
@@ -28,8 +30,6 @@ from mgd.methods.base import (
 from mgd.registry import METHODS
 from mgd.sections import Section
 
-Weight = Annotated[float, Field(ge=0)]
-
 
 class PixelTerm(Section):
     """`[method.pixel]`: cross-entropy against the teachers' labels, eq. 2."""
@@ -38,8 +38,8 @@ class PixelTerm(Section):
     """Names of teachers; empty switches the term off."""
     weight: Weight = 1.0
     """Weight of the term."""
-    on: Annotated[tuple[Literal["labeled", "unlabeled"], ...], Field(min_length=1)] = ("labeled", "unlabeled")
-    """Images it is taken on."""
+    on: OnImages = ("labeled", "unlabeled")
+    """OnImages it is taken on."""
     labels: Literal["hard", "soft"] = "hard"
     """What is taken from a teacher: its likeliest classes (paper), or its class probabilities."""
     class_balance: Annotated[float, Field(ge=0, le=1)] = 0.0

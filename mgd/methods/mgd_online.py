@@ -1,14 +1,13 @@
 """MGD in one stage: the teachers learn by CPS from each other while the student learns from them."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 
 from mgd.data.cutmix import mix
 from mgd.errors import UserError
 from mgd.losses import supervised
-from mgd.methods.base import Batch, StepOutput
+from mgd.methods.base import Batch, StepOutput, Weight
 from mgd.methods.cps import pseudo_labels
 from mgd.methods.mgd import MultiGranularity, TeacherTargets, TermsSection
 from mgd.registry import METHODS
@@ -21,7 +20,7 @@ class MGDOnlineConfig(TermsSection):
     name: Literal["mgd_online"] = "mgd_online"
     teachers: Networks = {}
     """`[method.teachers.<name>]`: two or more networks, each a table like [student], that are trained along with it."""
-    cps_weight: Annotated[float, Field(ge=0)] = 1.0
+    cps_weight: Weight = 1.0
     """Weight of the teachers' cross pseudo supervision (MGD's teachers: 1 on VOC, 5 on Cityscapes)."""
 
 
