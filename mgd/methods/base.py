@@ -74,7 +74,7 @@ class Method:
     uses_unlabeled: ClassVar[bool] = True
     needs_teachers: ClassVar[bool] = False
     images_per_label: ClassVar[int] = 2
-    """OnImages of one forward pass for each labelled image: what batch statistics are made of."""
+    """Images of one forward pass for each labelled image: what batch statistics are made of."""
     class_weights: Tensor | None = None
     """`[K]`, of the supervised loss; see `weigh_classes`."""
 

@@ -32,7 +32,7 @@ class LogitSection(MethodSection):
     distill_from: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names under [teachers]; the losses of several are averaged."""
     on: OnImages = ("labeled", "unlabeled")
-    """OnImages it is taken on; the unlabelled ones are CutMix-ed, teachers and student see the same."""
+    """Images it is taken on; the unlabelled ones are CutMix-ed, teachers and student see the same."""
     weight: Weight = 1.0
     """Weight of the distillation loss."""
     temperature: Temperature = 1.0

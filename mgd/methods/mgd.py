@@ -39,7 +39,7 @@ class PixelTerm(Section):
     weight: Weight = 1.0
     """Weight of the term."""
     on: OnImages = ("labeled", "unlabeled")
-    """OnImages it is taken on."""
+    """Images it is taken on."""
     labels: Literal["hard", "soft"] = "hard"
     """What is taken from a teacher: its likeliest classes (paper), or its class probabilities."""
     class_balance: Annotated[float, Field(ge=0, le=1)] = 0.0
