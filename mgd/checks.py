@@ -27,7 +27,7 @@ from mgd.metrics import few_images
 from mgd.models.trial import check_trainable
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
-from mgd.runs import finished_metrics
+from mgd.runs import finished_metrics, places_of
 from mgd.sections import DataSection
 from mgd.tracking import check_tracker
 
@@ -48,6 +48,9 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
         drawn = split_data(recipe.data, recipe.partition, recipe.partition_seed)
         same_pool = pool is None or identity(pool) == there.pool
     except UserError:
+        places = places_of(recipe)
+        if places and all(place.exists() for place in places):
+            raise
         return done  # a result outlives its images; whoever needs them is told so
     skipped = set(there.skipped)
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped

@@ -85,7 +85,17 @@ def _writable(text: str, folder: Path) -> str:
 
 
 def start(recipe: Recipe) -> Accelerator:
-    """Return the accelerator, with CPU threads and seed set and the libraries' chatter off.
+    """Return the accelerator of a recipe, its seed set; see `new_accelerator`."""
+    accelerator = new_accelerator(recipe.run.threads)
+    set_seed(recipe.run.seed)
+    return accelerator
+
+
+def new_accelerator(threads: int = 0) -> Accelerator:
+    """Return the accelerator, with CPU threads set and the libraries' chatter off.
+
+    Args:
+        threads: of the CPU; 0: as many as there are cores for each process.
 
     Raises:
         UserError: the launcher asks for what runs here do not do.
@@ -98,12 +108,11 @@ def start(recipe: Recipe) -> Accelerator:
     if accelerator.device.type == "cpu":
         # `accelerate launch` sets OMP_NUM_THREADS=1 for a single CPU process; it means us to choose.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(recipe.run.threads or max(1, available_cpus() // local_processes))
+        torch.set_num_threads(threads or max(1, available_cpus() // local_processes))
     datasets.disable_progress_bars()
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the classifier that we do not want
     warnings.filterwarnings("ignore", message=".*pin_memory.*|This DataLoader will create")
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # large, yet within PIL's limit
-    set_seed(recipe.run.seed)
     return accelerator
 
 

@@ -1,7 +1,9 @@
 """How far a run is ahead of the same student trained on the same labels alone."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from mgd.data.partitions import same_data
 from mgd.runs import FinishedRun, shaping_keys
 
 # What a supervised run has in common with those that are measured against it, by the beginning of a key.
@@ -30,7 +32,7 @@ class Supervised:
 
         Seeds are compared one by one, as they may draw the labelled images, which moves all methods alike. The
         supervised run has the same student, data, labels, class balance, OHEM, evaluation, steps, batch and seed; of
-        several it is that whose `[optim]` differs least.
+        several it is that whose `[optim]` differs least. Both learned from the same masks and saw the same val images.
 
         Args:
             run: whose gain.
@@ -42,13 +44,14 @@ class Supervised:
         """
         if run.recipe.method.name == "supervised" or of not in run.metrics:
             return None
-        if not (alike := self.alike.get(_common(run))):
+        alike = [other for other in self.alike.get(_common(run), ()) if _same_data(run, other)]
+        if not alike:
             return None
         budget = run.recipe.optim.model_dump()
         nearest = min(
             alike, key=lambda other: sum(budget[key] != value for key, value in other.recipe.optim.model_dump().items())
         ).metrics
-        if of not in nearest or (of != "miou" and nearest["unlabeled_images"] != run.metrics["unlabeled_images"]):
+        if of not in nearest or (of != "miou" and not _same_unlabeled(run.metrics, nearest)):
             return None
         return run.metrics[of] - nearest[of]
 
@@ -59,3 +62,15 @@ def _common(run: FinishedRun) -> str:
     }
     counts = (run.metrics["num_labeled"], run.metrics["num_val"])
     return repr((sorted(keys.items()), run.recipe.run.seed, run.recipe.partition_seed, counts))
+
+
+def _same_data(one: FinishedRun, other: FinishedRun) -> bool:
+    if one.manifest and other.manifest and set(one.manifest.labeled) != set(other.manifest.labeled):
+        return False
+    return same_data(one.manifest, other.manifest)
+
+
+def _same_unlabeled(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both were scored on the same unlabelled images and masks, as far as their files say."""
+    sums = {metrics["unlabeled_sum"] for metrics in (one, other)} - {None}
+    return one["unlabeled_images"] == other["unlabeled_images"] and len(sums) < 2

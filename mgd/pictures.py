@@ -23,6 +23,7 @@ UNREADABLE = (
     PIL.Image.DecompressionBombError,
     struct.error,
     TypeError,
+    MemoryError,
 )
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,6 +35,10 @@ _TURNS = {
     8: PIL.Image.Transpose.ROTATE_90,
 }
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+PREDICTIONS = "predictions.json"
+"""Marks a folder of predictions as ours."""
+KINDS = ("masks", "colors", "overlays", "probabilities")
+"""The folders in it that stages/predict.py writes."""
 
 
 def decode(value: Mapping, last_row: Callable[[int, int], int] | None = None) -> PIL.Image.Image:
@@ -118,7 +123,8 @@ def colorize(label: np.ndarray, colors: Sequence[tuple[int, int, int]]) -> np.nd
 def pictures_below(folder: Path) -> list[Path]:
     """Return the image files below a folder, sorted; what is hidden is left out, links are followed.
 
-    Unlike `Path.rglob` it does not pass over what it may not read.
+    So is what stages/predict.py wrote in a folder of predictions, which are no photos. Unlike `Path.rglob` it does not
+    pass over what it may not read.
 
     Raises:
         UserError: a folder cannot be read.
@@ -129,7 +135,8 @@ def pictures_below(folder: Path) -> list[Path]:
 
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        ours = KINDS if PREDICTIONS in names else ()
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in ours]
         folders.sort(key=lambda name, place=place: (os.path.islink(os.path.join(place, name)), name))
         if os.path.realpath(place) in seen:  # a link that leads back, or to what was seen: the folder itself goes first
             folders.clear()
@@ -175,7 +182,7 @@ def read_picture(path: Path) -> PIL.Image.Image:
     try:
         return to_rgb(decode({"path": path, "bytes": None}))
     except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def evenly(count: int, wanted: int) -> list[int]:

@@ -9,9 +9,24 @@ from torch import Tensor
 
 from mgd.errors import UserError
 from mgd.files import read_json, write_aside, write_json
+from mgd.pictures import PREDICTIONS
+from mgd.sections import Eval
 
-PREDICTIONS = "predictions.json"
-"""Marks a folder of predictions as ours."""
+
+def mark_of(model: Path, weights: str, images: str, section: Eval) -> dict[str, str]:
+    """Return what predictions are of, which marks their folder.
+
+    Args:
+        model: its folder.
+        weights: their fingerprint.
+        images: the split or the place.
+        section: how they are predicted; of it only what changes a prediction.
+    """
+    how = section.model_dump(include={"mode", "crop", "stride", "scales", "flip"})
+    if section.mode == "whole":
+        how = {key: how[key] for key in ("mode", "scales", "flip")}
+    settings = ", ".join(f"{key} = {value}" for key, value in how.items())
+    return {"model": str(model.resolve()), "weights": weights, "images": images, "settings": settings}
 
 
 def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str] = ("",)) -> None:
@@ -19,19 +34,20 @@ def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str
 
     Args:
         folder: where predictions shall go.
-        mark: what they are of, as `mark_predictions` writes it.
+        mark: what they are of, see `mark_of`; the folder of the model may have moved.
         below: folders in it that will hold them.
 
     Raises:
         UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model,
-            other weights or other images.
+            other weights, images or settings.
     """
     try:
         found = read_json(folder / PREDICTIONS, ("model", "files"))
         ours = found.keys() <= {*mark, "files"}
     except UserError:
         ours = False
-    if ours and (other := [key for key in mark if found.get(key) != mark[key]]):  # they could not be told apart
+    different = [key for key in mark if found.get(key) != mark[key]] if ours else []
+    if other := [key for key in different if key != "model" or "weights" in different]:  # they could not be told apart
         what = f"{'another' if other[0] == 'model' else 'other'} {other[0]}: {found.get(other[0], 'unknown')}"
         what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
         raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
@@ -40,14 +56,19 @@ def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str
             raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
 
 
-def mark_predictions(folder: Path, mark: Mapping[str, str], files: int) -> None:
+def mark_predictions(folder: Path, mark: Mapping[str, str], files: int, below: Sequence[str] = ("",)) -> None:
     """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
 
     Args:
         folder: of the predictions.
-        mark: what they are of: `model`, its folder; `weights`, their fingerprint; `images`, the split or the place.
+        mark: what they are of, see `mark_of`.
         files: images that are to be predicted.
+        below: as of `check_predictions`.
+
+    Raises:
+        UserError: another process has begun to write other predictions there.
     """
+    check_predictions(folder, mark, below)
     write_json(folder / PREDICTIONS, {**mark, "files": files})
 
 

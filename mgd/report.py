@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mgd.complexity import Cost, model_costs
-from mgd.errors import UserError
+from mgd.data.partitions import read_manifest, same_data
+from mgd.errors import UserError, some
 from mgd.files import absolute, read_json
 from mgd.gains import Supervised
 from mgd.metrics import few_images
@@ -118,7 +119,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     Raises:
         UserError: a source is no folder, or there is no finished run.
     """
-    cells: dict[str, Cell] = {}
+    alike: dict[str, list[Cell]] = {}
     left_out: list[str] = []
     costs: dict[tuple, Mapping[str, Cost]] = {}
     folders, shut = _run_folders(sources)
@@ -136,18 +137,22 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         label = run.recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
         shape = {key: value for key, value in shaping_keys(run.recipe).items() if not _of_one_run(key)}
         counts = [run.metrics["num_labeled"], run.metrics["num_val"]]  # the same recipe may have met other images
-        cell = cells.setdefault(json.dumps([label, shape, counts], sort_keys=True), Cell(label, run.recipe, cost, []))
+        group = alike.setdefault(json.dumps([label, shape, counts], sort_keys=True), [])
+        cell = next((cell for cell in group if all(same_data(run.manifest, one.manifest) for one in cell.runs)), None)
+        if cell is None:
+            group.append(cell := Cell(label, run.recipe, cost, []))
         twin = next((other.folder for other in cell.runs if other.metrics["seed"] == run.metrics["seed"]), None)
         if twin is None:
             cell.runs.append(run)
         else:
             left_out.append(f"{folder}: the same recipe and seed as {twin}")
+    cells = [cell for group in alike.values() for cell in group]
     if not cells:
         raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
-    for cell in cells.values():
+    for cell in cells:
         cell.runs.sort(key=lambda run: run.metrics["seed"])
-    _name_places(list(cells.values()))
-    ordered = sorted(cells.values(), key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
+    _name_places(cells)
+    ordered = sorted(cells, key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
     return ordered, left_out
 
@@ -163,7 +168,9 @@ def _read_run(folder: Path, counted: dict[tuple, Mapping[str, Cost]]) -> tuple[F
     network = (recipe.student.model_dump_json(), num_classes, crop)
     if network not in counted:
         counted[network] = model_costs(recipe.student, num_classes, crop)
-    return FinishedRun(folder, recipe, metrics), counted[network]
+    path = folder / "partition.json"
+    manifest = read_manifest(path) if path.exists() else None
+    return FinishedRun(folder, recipe, metrics, manifest), counted[network]
 
 
 def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -286,6 +293,13 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     for title, members in by_title(cells).items():
         if few := few_images(min(cell.runs[0].metrics["num_val"] for cell in members)):
             lines.append(f"{title}: {few}")
+        first = members[0]
+        others = [cell for cell in members if not same_data(first.runs[0].manifest, cell.runs[0].manifest)]
+        if others:
+            lines.append(
+                f"{title}: not one set of images and masks: {some([cell.label for cell in others])} "
+                f"have others than {first.label}"
+            )
         groups: dict[tuple[str, str], list[Cell]] = {}
         for cell in members:
             groups.setdefault((cell.recipe.student.backbone, cell.partition), []).append(cell)
@@ -324,7 +338,10 @@ def _run_folders(sources: Iterable[str | Path]) -> tuple[list[Path], list[Path]]
         if not source.is_dir():
             raise UserError(f"{source}: no such folder; give run folders, or a folder that holds runs")
         folders += _runs_below(source, 2, shut)
-    return list(dict.fromkeys(folders)), shut
+    found: dict[Path, Path] = {}  # one that is reached in two ways, say by a link, counts once
+    for folder in sorted(folders, key=lambda folder: len(folder.parts)):
+        found.setdefault(folder.resolve(), folder)
+    return [folder for folder in dict.fromkeys(folders) if folder in found.values()], shut
 
 
 def _runs_below(folder: Path, depth: int, shut: list[Path]) -> list[Path]:

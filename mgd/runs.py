@@ -40,6 +40,8 @@ class FinishedRun(NamedTuple):
     recipe: Recipe
     metrics: dict[str, Any]
     """`metrics.json`."""
+    manifest: Manifest | None
+    """`partition.json`, if there is one."""
 
 
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
@@ -89,6 +91,8 @@ def read_metrics(folder: Path, recipe: Recipe, more: Sequence[str] = ()) -> dict
         *(key for key in ("miou", "seconds") if not isinstance(metrics[key], float | int)),
         *(key for key in ("num_labeled", "num_val", "steps") if not isinstance(metrics[key], int)),
         *(["seed"] if metrics["seed"] != recipe.run.seed else []),
+        *(["num_unlabeled"] if not isinstance(metrics["num_unlabeled"], int | None) else []),
+        *(["versions"] if not isinstance(metrics.get("versions", {}), Mapping) else []),
         *(
             []
             if best is None or (isinstance(best, dict) and isinstance(best.get("miou"), float | int))
@@ -241,6 +245,12 @@ def recipe_differences(there: Mapping, here: Recipe) -> list[str]:
     first, second = _shaping(there), shaping_keys(here)
     keys = sorted(key for key in first.keys() | second.keys() if first.get(key) != second.get(key))
     return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys]
+
+
+def places_of(recipe: Recipe) -> list[Path]:
+    """Return the local places of a recipe's images and lists; none of a data set that comes from elsewhere."""
+    named = ((getattr(recipe, section), key) for section, keys in _PLACES.items() for key in keys)
+    return [Path(place) for section, key in named if (place := getattr(section, key, None))]
 
 
 def with_places(tables: Mapping) -> dict[str, Any]:

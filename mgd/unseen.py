@@ -1,16 +1,19 @@
 """What a run scores on the training images that it had without their masks."""
 
+import json
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
 
 from mgd.data.datasets import Splits
+from mgd.data.images import Images
 from mgd.data.partitions import read_manifest
 from mgd.data.reading import select_ids
-from mgd.errors import UserError
+from mgd.errors import UserError, some
 from mgd.files import read_json, write_json
 from mgd.metrics import Scores
 from mgd.recipe import Recipe, load
@@ -62,14 +65,31 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
     return select_ids(splits.labeled, names)
 
 
-def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, num_images: int) -> str:
+def note_learned(model: str | Path, ids: Iterable[str], say: Callable[[str], None]) -> None:
+    """Say how many images that a network is scored on have the names of those whose masks its run learned from.
+
+    Args:
+        model: folder of the network.
+        ids: of the images.
+        say: prints a line.
+    """
+    path, names = find_partition(model), list(ids)
+    learned = sorted(set(read_manifest(path).labeled).intersection(names)) if path else []
+    if learned:
+        say(
+            f"note: {len(learned)} of these {len(names)} images have the names of labelled training images of "
+            f"{path.parent} ({some(learned)}); if they are those, the score is on what it learned from"
+        )
+
+
+def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, images: Images) -> str:
     """Keep what a run's last weights score on those images in `unlabeled.json`, for the report.
 
     Args:
         model: folder of the weights.
         recipe: what they were scored with.
         scores: of all images.
-        num_images: that were scored.
+        images: that were scored.
 
     Returns:
         A line that says whether that was done.
@@ -83,14 +103,20 @@ def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, num_images: int)
     if not math.isfinite(scores.miou):
         return "not kept: no labelled pixel"
     try:
-        write_json(run / UNLABELED, {"miou": scores.miou, "num_images": num_images})
+        scored = json.dumps([sorted(images.ids), sorted(images.mask_sums().items())])
+        found = {"miou": scores.miou, "num_images": len(images), "sum": zlib.crc32(scored.encode())}
+        write_json(run / UNLABELED, found)
     except UserError as error:
         return f"not kept: {error}"
     return f"kept in {run / UNLABELED}, for stages/report.py"
 
 
 def read_unlabeled(run: Path) -> dict[str, Any]:
-    """Return what `keep_unlabeled` kept: `unlabeled_miou` and `unlabeled_images`; nothing of a run without it.
+    """Return what `keep_unlabeled` kept; nothing of a run without it.
+
+    Returns:
+        `unlabeled_miou`; `unlabeled_images`, how many these were; `unlabeled_sum`, of their names and masks, None of an
+        older version.
 
     Raises:
         UserError: it is damaged.
@@ -100,9 +126,9 @@ def read_unlabeled(run: Path) -> dict[str, Any]:
         return {}
     try:
         found = read_json(path, ("miou", "num_images"))
-        miou, num_images = found["miou"], found["num_images"]
+        miou, num_images, scored = found["miou"], found["num_images"], found.get("sum")
         if type(miou) in (int, float) and 0 <= miou <= 100 and type(num_images) is int:
-            return {"unlabeled_miou": float(miou), "unlabeled_images": num_images}
+            return {"unlabeled_miou": float(miou), "unlabeled_images": num_images, "unlabeled_sum": scored}
     except UserError:
         pass
     raise UserError(f"{path} is damaged; score the run again: stages/evaluate.py --model {run} --split unlabeled")

@@ -137,6 +137,8 @@ def _write(output: Path, found: Candidates, images: Images, chosen: list[int], l
         name = images.ids[index]
         mask = f"\t{found.masks / name}.png" if found.masks else ""
         lines.append(f"{images.path(index) or name}{mask}\n")
+    if (output / "selected.txt").exists():
+        raise UserError(f"{output}: another choice has been written there meanwhile; name another --output")
     write_text(output / "selected.txt", "".join(lines))
     shown = [(images.ids[index], images.picture(index)) for index in chosen[:ON_SHEET]]
     save_contact_sheet(shown, output / "selected.png")

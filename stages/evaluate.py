@@ -23,9 +23,9 @@ from mgd.files import absolute  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
 from mgd.needed import note_other_scale  # noqa: E402
-from mgd.predictions import check_predictions, mark_predictions, save_prediction  # noqa: E402
+from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load  # noqa: E402
-from mgd.unseen import keep_unlabeled, unseen_masks  # noqa: E402
+from mgd.unseen import keep_unlabeled, note_learned, unseen_masks  # noqa: E402
 
 _MATTERS = ("data.", "eval.", "run.")
 """What of a recipe an evaluation reads."""
@@ -64,7 +64,7 @@ def main() -> None:
     network = load_segmenter(folder)
     if args.save_predictions:
         shown = " of ".join(filter(None, (split, absolute(getattr(recipe.data, "root", None)))))
-        mark = {"model": str(folder.resolve()), "weights": fingerprint(network), "images": shown}
+        mark = mark_of(folder, fingerprint(network), shown, recipe.eval)
         check_predictions(Path(args.save_predictions), mark)
         accelerator.wait_for_everyone()  # or one may look when another has begun to write
     network.to(accelerator.device)
@@ -75,6 +75,8 @@ def main() -> None:
     if args.split == "unlabeled":
         what, chosen = "unlabelled training", unseen_masks(splits, folder, recipe, accelerator.print)
     images = usable_masked(chosen, splits.decoder, recipe.data, what, accelerator)
+    if args.split == "val":
+        note_learned(folder, images.ids, accelerator.print)
     keep = None
     if args.save_predictions:
         mark_predictions(Path(args.save_predictions), mark, len(images))
@@ -92,7 +94,7 @@ def main() -> None:
     how.append(f"image_scale {recipe.data.image_scale}")
     accelerator.print(", ".join([f"{len(images)} {what} images", recipe.eval.mode, *how]))
     if args.split == "unlabeled" and accelerator.is_main_process:
-        print(keep_unlabeled(folder, recipe, result, len(images)))
+        print(keep_unlabeled(folder, recipe, result, images))
 
 
 if __name__ == "__main__":

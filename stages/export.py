@@ -87,7 +87,7 @@ def main() -> None:
         source = args.recipe or folder / "recipe.toml"
         if not Path(source).exists():
             raise UserError(f"{source} is not there; name the data with --recipe, or give a folder with --images")
-        tried, calibrated = samples.of_recipe(load(source, args.set), model, args.samples)
+        tried, calibrated = samples.of_recipe(load(source, args.set), model, folder, args.samples)
 
     # ---- the file: made aside, and put in its place once it has shown itself good ----
     torch.set_num_threads(args.threads)

@@ -13,13 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 
 import itertools  # noqa: E402
 from collections import Counter  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
 
 import numpy as np  # noqa: E402
 import PIL.Image  # noqa: E402
 import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -29,14 +29,27 @@ from mgd.errors import UserError, one_line  # noqa: E402
 from mgd.files import write_aside  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
-from mgd.models.segmenter import enlarge, fingerprint, load_segmenter  # noqa: E402
-from mgd.pictures import colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
+from mgd.models.segmenter import Segmenter, enlarge, fingerprint, load_segmenter  # noqa: E402
+from mgd.pictures import KINDS, colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
 from mgd.plots import overlay  # noqa: E402
-from mgd.predictions import check_predictions, mark_predictions, save_prediction  # noqa: E402
+from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction  # noqa: E402
 from mgd.recipe import load, parse_eval  # noqa: E402
 from mgd.sections import Eval  # noqa: E402
 
-KINDS = ("masks", "colors", "overlays", "probabilities")
+CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, MemoryError)
+"""What torch and timm raise of an image whose size they cannot take."""
+
+
+class Prediction(NamedTuple):
+    """What is predicted of one image."""
+
+    name: str
+    picture: np.ndarray
+    """`[H, W, 3]` uint8."""
+    classes: torch.Tensor
+    """`[H, W]` uint8."""
+    probabilities: torch.Tensor | None
+    """`[K, H, W]` float16, if they are wanted."""
 
 
 def main() -> None:
@@ -52,12 +65,12 @@ def main() -> None:
     flags.add_argument("--set", action="append", default=[], metavar="EVAL.KEY=VALUE", help="e.g. eval.mode=slide")
     args = flags.parse_args()
 
-    accelerator = Accelerator()
+    accelerator = cli.new_accelerator()
     folder = find_model(args.model)
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
     output = Path(args.output)
-    mark = {"model": str(folder.resolve()), "weights": fingerprint(model), "images": str(Path(args.input).resolve())}
+    mark = mark_of(folder, fingerprint(model), str(Path(args.input).resolve()), section)
     check_predictions(output, mark, KINDS)
     ours = [(output / kind).resolve() for kind in KINDS]
     files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
@@ -68,22 +81,13 @@ def main() -> None:
 
     unreadable, done = [], 0
     bar = tqdm(total=len(share), unit="img", leave=False, disable=None if accelerator.is_main_process else True)
-    with bar, torch.inference_mode():
+    with bar, accelerator.autocast(), torch.inference_mode():
         for group in _batches(share, args.batch, unreadable):
-            small = [to_tensor(rescale(picture, model.image_scale)) for _, picture in group]
-            try:
-                scores = predict_scores(model, torch.stack(small).to(accelerator.device), section, crop)
-            except (RuntimeError, AssertionError, ValueError) as error:
-                windows = section.mode == "whole" and not isinstance(error, UserError)  # ours has its own remedy
-                remedy = "; --set eval.mode=slide predicts in windows" if windows else ""
-                unreadable += [f"{name} cannot be predicted: {one_line(error)}{remedy}" for name, _ in group]
-                continue
-            scores = enlarge(scores, group[0][1].size[::-1])
-            if not done:
-                mark_predictions(output, mark, len(files))
-            for (name, picture), one in zip(group, scores, strict=True):
-                _save(output, name, np.asarray(picture), one, model.colors, args.save)
-            done += len(group)
+            for one in _predicted(group, model, section, crop, args.save, unreadable):
+                if not done:
+                    mark_predictions(output, mark, len(files), KINDS)
+                _save(output, one, model.colors, args.save)
+                done += 1
             bar.update(done + len(unreadable) - bar.n)
     results = gather_object([(done, unreadable)])
     done = sum(number for number, _ in results)
@@ -136,19 +140,47 @@ def _read(share: list[tuple[Path, str]], unreadable: list[str]) -> Iterator[tupl
             unreadable.append(str(error))
 
 
-def _save(output: Path, name: str, picture: np.ndarray, scores: torch.Tensor, colors: tuple, kinds: list[str]) -> None:
-    """Write what was asked for of one image; `scores` `[K, H, W]`."""
-    classes = scores.argmax(dim=0).to(torch.uint8).cpu()
+def _predicted(
+    group: Sequence[tuple[str, PIL.Image.Image]],
+    model: Segmenter,
+    section: Eval,
+    crop: int,
+    kinds: Sequence[str],
+    unreadable: list[str],
+) -> Iterator[Prediction]:
+    """Yield predictions of pictures of one size; what fails together, say for want of memory, is tried one by one."""
+    try:
+        small = torch.stack([to_tensor(rescale(picture, model.image_scale)) for _, picture in group])
+        scores = predict_scores(model, small.to(model.mean.device), section, crop)
+        scores = enlarge(scores, group[0][1].size[::-1])
+        classes = scores.argmax(dim=1).to(torch.uint8).cpu()
+        shares = scores.softmax(dim=1).half().cpu() if "probabilities" in kinds else [None] * len(group)
+        pictures = [(name, np.asarray(picture)) for name, picture in group]
+        found = [Prediction(*one, *rest) for one, *rest in zip(pictures, classes, shares, strict=True)]
+    except CANNOT_TAKE as error:
+        found = []
+        if len(group) == 1:
+            windows = section.mode == "whole" and not isinstance(error, UserError)  # ours has its own remedy
+            remedy = "; --set eval.mode=slide predicts in windows" if windows else ""
+            unreadable.append(f"{group[0][0]} cannot be predicted: {one_line(error)}{remedy}")
+    if not found and len(group) > 1:
+        for one in group:
+            yield from _predicted([one], model, section, crop, kinds, unreadable)
+    yield from found
+
+
+def _save(output: Path, one: Prediction, colors: tuple, kinds: list[str]) -> None:
+    """Write what was asked for of one image."""
     if "masks" in kinds:
-        save_prediction(output / "masks", colors, lambda label: label.astype(np.uint8), name, classes)
-    label = classes.numpy()
-    pictures = {"colors": colorize(label, colors), "overlays": overlay(picture, label, colors)}
+        save_prediction(output / "masks", colors, lambda label: label.astype(np.uint8), one.name, one.classes)
+    label = one.classes.numpy()
+    pictures = {"colors": colorize(label, colors), "overlays": overlay(one.picture, label, colors)}
     for kind in pictures.keys() & set(kinds):
         image = PIL.Image.fromarray(pictures[kind])
-        write_aside(output / kind / f"{name}.png", lambda path, image=image: image.save(path, format="PNG"))
+        write_aside(output / kind / f"{one.name}.png", lambda path, image=image: image.save(path, format="PNG"))
     if "probabilities" in kinds:
-        tensors = {"probabilities": scores.softmax(dim=0).half().cpu().contiguous()}
-        write_aside(output / "probabilities" / f"{name}.safetensors", lambda path: save_file(tensors, path))
+        tensors = {"probabilities": one.probabilities.contiguous()}
+        write_aside(output / "probabilities" / f"{one.name}.safetensors", lambda path: save_file(tensors, path))
 
 
 if __name__ == "__main__":

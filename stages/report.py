@@ -111,12 +111,12 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     pictures: list[tuple] = []
     titles = ["image", "truth"]
     for cell in chosen:
-        path, _, metrics = cell.runs[0]
-        network = load_segmenter(path).to(accelerator.device)
+        run = cell.runs[0]
+        network = load_segmenter(run.folder).to(accelerator.device)
         found = predict_samples(network, images, indices, cell.recipe, accelerator.device)
         pictures = pictures or [(image, label) for image, label, _ in found]
         pictures = [(*row, prediction) for row, (_, _, prediction) in zip(pictures, found, strict=True)]
-        titles.append(f"{cell.recipe.method.name}\n{cell.recipe.student.backbone}\nmIoU {metrics['miou']:.2f}")
+        titles.append(f"{cell.recipe.method.name}\n{cell.recipe.student.backbone}\nmIoU {run.metrics['miou']:.2f}")
     save_overlays(pictures, splits.classes, splits.colors, output, titles)
 
 

@@ -247,16 +247,16 @@ def test_a_batch_of_nothing_but_ignore_gives_no_nan():
         assert loss.isfinite() and logits.grad.isfinite().all()
 
 
-def test_a_file_is_tried_on_what_can_be_read(recipe_of, folder):
+def test_a_file_is_tried_on_what_can_be_read(recipe_of, folder, tmp_path):
     recipe = recipe_of(on_error="skip")
     colors = [(0, 0, 0), (9, 9, 9)]
     network = build_segmenter(recipe.student, CLASSES, colors, seed=0)
-    assert [len(part) for part in of_recipe(recipe, network, 20)] == [2, 3]
+    assert [len(part) for part in of_recipe(recipe, network, tmp_path, 20)] == [2, 3]
     for place in ("val/images/1.png", "unlabeled/2.png"):
         cut_short(folder / place, 0.5)
-    assert [len(part) for part in of_recipe(recipe, network, 20)] == [1, 2]
+    assert [len(part) for part in of_recipe(recipe, network, tmp_path, 20)] == [1, 2]
     with pytest.raises(UserError, match="image 1 cannot be read"):
-        of_recipe(recipe_of(on_error="raise"), network, 20)
+        of_recipe(recipe_of(on_error="raise"), network, tmp_path, 20)
     cut_short(folder / "val/images/0.png", 0.5)
     with pytest.raises(UserError, match="none of 2 validation images can be read"):
-        of_recipe(recipe, network, 20)
+        of_recipe(recipe, network, tmp_path, 20)

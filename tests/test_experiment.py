@@ -185,6 +185,12 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     recipe = load(tmp_path / "mine.toml")
     done = run_recipe(recipe, Accelerator())
     assert finished(recipe) == json.loads((recipe.run_dir / "metrics.json").read_text())
+    orphan = root / "masks" / "typo.png"
+    orphan.write_bytes((root / "masks" / "a.png").read_bytes())
+    forget_data()
+    with pytest.raises(UserError, match="typo"):  # what there is now cannot be read, and may be other images
+        finished(recipe)
+    orphan.unlink()
     paint(".", "e")  # one more mask
     with pytest.raises(UserError, match=r"trained on other images .* 4 / 0 / 2 then, 5 / 0 / 2 now.* --restart"):
         run_recipe(recipe, Accelerator())

@@ -67,6 +67,44 @@ def test_mean_spread_reference_and_difference_of_three_seeds(fake_run, tmp_path)
     assert markdown([{"x": 1.234, "y": None}]) == "| x    | y |\n| ---- | - |\n| 1.23 | - |"
 
 
+def keep_partition(run, **found):
+    manifest = {"labeled": ["a", "b"], "unlabeled": ["c"], "val": ["v"], "masks": {"a": 1, "validation: v": 2}}
+    (run / "partition.json").write_text(json.dumps(manifest | found))
+
+
+def test_runs_of_other_images_or_masks_are_not_averaged_nor_compared(fake_run, tmp_path):
+    kd = {"method": {"name": "kd", "distill_from": ["big"]}, "teachers": {"big": {"checkpoint": "runs/big"}}}
+    for seed in (0, 1):
+        keep_partition(fake_run("base", seed, 40.0 + seed))
+        keep_partition(fake_run("student", seed, 50.0 + seed, **kd))
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
+    assert rows["student"]["seeds"] == "0 1" and rows["student"]["gain"] == 10.0
+
+    mended = fake_run("student", 0, 70.0, folder="mended", **kd)
+    for found in ({"masks": {"a": 3, "validation: v": 2}}, {"val": ["w"]}, {"masks": {"validation: v": 4}}):
+        keep_partition(mended, **found)
+        cells, left_out = collect([tmp_path / "runs", tmp_path / "mended"])
+        assert left_out == []
+        rows = {row["run"]: row for row in result_rows(cells)}
+        (other,) = (row for name, row in rows.items() if name == f"student ({mended})")
+        assert (other["seeds"], other["miou"], other["gain"]) == ("0", 70.0, None)
+        (before,) = (row for name, row in rows.items() if name == f"student ({tmp_path / 'runs' / 'student-s0'})")
+        assert (before["seeds"], before["miou"], before["gain"]) == ("0 1", 50.5, 10.0)
+        assert any("not one set of images and masks: student" in line for line in notes(cells))
+    keep_partition(mended)
+    assert "the same recipe and seed as" in collect([tmp_path / "runs", tmp_path / "mended"])[1][0]
+    keep_partition(tmp_path / "runs" / "student-s1", labeled=["a", "c"])
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
+    assert rows["student"]["seeds"] == "0 1" and rows["student"]["gain"] is None, "seed 1 learned from other labels"
+
+
+def test_a_run_that_a_link_leads_back_to_counts_once(fake_run, tmp_path):
+    fake_run("a_4", 0, 50.0)
+    (tmp_path / "runs" / "again").symlink_to(tmp_path / "runs")
+    cells, left_out = collect([tmp_path / "runs"])
+    assert [run.folder for run in cells[0].runs] == [tmp_path / "runs" / "a_4-s0"] and left_out == []
+
+
 def test_data_sets_in_folders_of_one_name_stand_apart(fake_run, tmp_path):
     for name, root in (("cats", "cats/mine"), ("more", "./cats/mine"), ("dogs", "dogs/mine"), ("rust", "photos")):
         path = fake_run(name, 0, 50.0) / "recipe.toml"

@@ -103,6 +103,20 @@ def repainted(then: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
     return [name for name, found in now.items() if then.get(name, found) != found]
 
 
+def same_data(one: Manifest | None, other: Manifest | None) -> bool:
+    """Whether two runs were evaluated on the same images, and every mask that both know is the same.
+
+    Args:
+        one: `partition.json` of the one, or None of a run that has none: nothing is known of it.
+        other: of the other.
+    """
+    if one is None or other is None:
+        return True
+    if one.val is not None and other.val is not None and set(one.val) != set(other.val):
+        return False
+    return not repainted(one.masks, other.masks)
+
+
 def split(
     section: Partition,
     with_mask: Sequence[str],

@@ -12,14 +12,16 @@ from mgd.images import unlabeled_images
 from mgd.models.segmenter import Segmenter
 from mgd.pictures import evenly, list_pictures, read_picture, rescale, to_tensor
 from mgd.recipe import Recipe
+from mgd.unseen import note_learned
 
 
-def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample], list[Sample]]:
+def of_recipe(recipe: Recipe, model: Segmenter, folder: Path, count: int) -> tuple[list[Sample], list[Sample]]:
     """Return labelled val images, and images of the unlabelled pool.
 
     Args:
         recipe: its `[data]` and `[partition]`.
         model: whose classes the data must have.
+        folder: of the model; if its run learned from the val images by name, that is said.
         count: of each, at most; spread evenly.
 
     Raises:
@@ -29,6 +31,7 @@ def of_recipe(recipe: Recipe, model: Segmenter, count: int) -> tuple[list[Sample
     check_classes(splits.classes, model, "the model")
     partition = split_data(recipe.data, recipe.partition, recipe.partition_seed)
     val = Images(splits.val, splits.decoder, model.image_scale)
+    note_learned(folder, val.ids, print)
     pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"
     tried, _ = _some(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)

@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 from conftest import call_stage, forget_data, run_stage
 
+from mgd.data.candidates import Candidates
 from mgd.data.lists import read_list
 from mgd.data.partitions import split
 from mgd.models.segmenter import build_segmenter
@@ -171,6 +172,21 @@ def test_a_second_choice_goes_on_from_the_lists_of_the_first(write_recipe, choos
     assert len(chosen) == 4 and set(chosen) <= set(before[1])
     assert labeled == sorted([*before[0], *chosen]) and sorted(labeled + unlabeled) == TRAIN
     assert out.strip().splitlines()[-1].count("labeled_list") == 2, "the command names the new lists alone"
+
+
+def test_two_choices_at_once_do_not_mix(write_recipe, choose, tmp_path, monkeypatch):
+    def slowly(found, *args):
+        if not (tmp_path / "picks").exists():  # the first is about to write when the second begins, and ends
+            monkeypatch.undo()
+            assert choose(recipe, "picks", 3, "--set", "run.seed=1", strategy="random")[0] == 0
+        return lists_of(found, *args)
+
+    recipe, lists_of = write_recipe(), Candidates.lists
+    monkeypatch.setattr(Candidates, "lists", slowly)
+    status, _, error = choose(recipe, "picks", 3, strategy="random")
+    assert status == 2 and "another choice has been written there meanwhile; name another --output" in error
+    chosen = (tmp_path / "picks" / "selected.txt").read_text().split()
+    assert set(chosen) <= set(lists(tmp_path / "picks")[0])
 
 
 @pytest.mark.slow

@@ -100,7 +100,20 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     rows = {row["class"]: row["IoU %"] for row in json.loads((tmp_path / "e.json").read_text())}
     assert rows["mean"] == pytest.approx(np.nanmean(list(expected.values())))
     kept = json.loads((run / "unlabeled.json").read_text())
-    assert kept == {"miou": pytest.approx(rows["mean"]), "num_images": 2}
+    assert kept == {"miou": pytest.approx(rows["mean"]), "num_images": 2, "sum": kept["sum"]}
+    assert "have the names of labelled training images" not in scored.stdout
+    shutil.copytree(tmp_path / "train", tmp_path / "copy")
+    shown = run_here("evaluate.py", "--model", run, "--set", f"data.val_root={tmp_path / 'copy'}")
+    learned = f"note: 2 of these {len(SIZES)} images have the names of labelled training images of {run} "
+    assert shown.returncode == 0 and learned in shown.stdout
+    mask = tmp_path / "train" / "masks" / min(sizes)
+    painted = mask.read_bytes()
+    PIL.Image.new("L", PIL.Image.open(mask).size, 1).save(mask)
+    forget_data()
+    assert run_here(*flags).returncode == 0
+    assert json.loads((run / "unlabeled.json").read_text())["sum"] != kept["sum"], "scored on another mask"
+    mask.write_bytes(painted)
+    forget_data()
     (run / "unlabeled.json").unlink()
     for override in ("eval.flip=true", "data.image_scale=0.5"):
         otherwise = run_here(*flags, "--set", override)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mgd.errors import Stopped
 from mgd.inference import predict_logits
-from mgd.models.segmenter import build_segmenter, load_segmenter
+from mgd.models.segmenter import Segmenter, build_segmenter, load_segmenter
 from mgd.pictures import rescale, to_tensor
 from mgd.predictions import save_prediction
 from mgd.recipe import parse_model
@@ -130,6 +130,47 @@ def test_a_prediction_that_was_cut_short_is_done_again(tmp_path, model, capsys, 
     assert len(list((tmp_path / "out" / "masks").iterdir())) == 2
 
 
+def shift_weights(folder):
+    network = load_segmenter(folder)
+    with torch.no_grad():
+        network.head.classifier.bias += 1
+    network.save(folder)
+
+
+def test_what_fails_together_is_predicted_one_by_one(tmp_path, model, capsys, monkeypatch):
+    for index in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (40, 30), (index * 90, 9, 9)).save(tmp_path / "in" / f"{index}.png")
+    arguments = ("predict.py", "--model", model, "--input", tmp_path / "in", "--save", "masks", "probabilities")
+    assert call_stage(capsys, *arguments, "--output", tmp_path / "whole")[0] == 0
+
+    def small(segmenter, pixels):
+        if len(pixels) > 1 or pixels.float().mean() > 60:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return forward(segmenter, pixels)
+
+    forward = Segmenter.forward
+    monkeypatch.setattr(Segmenter, "forward", small)
+    status, out, error = call_stage(capsys, *arguments, "--output", tmp_path / "apart")
+    assert status == 0 and "masks, probabilities of 2 images; 1 left out" in out
+    assert "note: 2 cannot be predicted" in error and "can't allocate memory; --set eval.mode=slide" in error
+    for name in ("0", "1"):
+        masks = [(tmp_path / part / "masks" / f"{name}.png").read_bytes() for part in ("apart", "whole")]
+        assert masks[0] == masks[1]
+        found = [load_file(tmp_path / part / f"probabilities/{name}.safetensors") for part in ("apart", "whole")]
+        torch.testing.assert_close(*found, atol=1e-3, rtol=0)  # a batch of another size rounds otherwise
+
+
+def test_earlier_predictions_are_no_photos(tmp_path, model, capsys):
+    photos = tmp_path / "photos"
+    (photos / "masks").mkdir(parents=True)  # a folder of this name may hold photos elsewhere
+    for path in (photos / "a.png", photos / "masks" / "b.png"):
+        PIL.Image.new("RGB", (40, 40), "red").save(path)
+    for output in (photos / "first", photos / "second", tmp_path / "third"):
+        status, out, error = call_stage(capsys, "predict.py", "--model", model, "--input", photos, "--output", output)
+        assert status == 0 and "of 2 images" in out, error
+
+
 def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
     data = tmp_path / "data"
     for part in ("images", "masks"):
@@ -150,15 +191,18 @@ def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
         assert call_stage(capsys, "predict.py", *arguments, inside)[0] == 0
     assert sorted(path.name for path in (inside / "masks").rglob("*")) == ["a.png"]
     other = shutil.copytree(model, tmp_path / "other")
+    assert call_stage(capsys, "predict.py", "--model", other, *arguments[2:], inside)[0] == 0, "it has moved"
+    shift_weights(other)
+    status, _, error = call_stage(capsys, "predict.py", "--model", model, *arguments[2:], inside)
+    assert status == 0, error
     status, _, error = call_stage(capsys, "predict.py", "--model", other, *arguments[2:], inside)
     assert status == 2 and f"{inside} holds predictions of another model: {model}; name another folder" in error
+    status, _, error = call_stage(capsys, "predict.py", *arguments, inside, "--set", "eval.flip=true")
+    assert status == 2 and "holds predictions of other settings: mode = whole, scales = (1.0,), flip = False" in error
     status, _, error = call_stage(capsys, "predict.py", *arguments[:2], "--input", data / "masks", "--output", inside)
     assert status == 2 and f"holds predictions of other images: {data / 'images'}; name another folder" in error
     assert call_stage(capsys, "predict.py", "--model", f"{model}/", *arguments[2:], inside)[0] == 0
-    network = load_segmenter(model)
-    with torch.no_grad():
-        network.head.classifier.bias += 1
-    network.save(model)
+    shift_weights(model)
     status, _, error = call_stage(capsys, "predict.py", *arguments, inside)
     assert status == 2 and f"{inside} holds predictions of earlier weights of this model" in error
 
