@@ -1,3 +1,3 @@
 """Few labelled images and many unlabelled ones in, a small segmentation model out."""
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"

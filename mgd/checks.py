@@ -27,7 +27,7 @@ from mgd.metrics import few_images
 from mgd.models.trial import check_trainable
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
-from mgd.runs import finished_metrics, places_of
+from mgd.runs import finished_metrics, is_here
 from mgd.sections import DataSection
 from mgd.tracking import check_tracker
 
@@ -36,7 +36,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     """Return metrics.json of a finished run of this very recipe on its images as they are now, or None.
 
     Raises:
-        UserError: the folder holds a run of another recipe, or of other images.
+        UserError: the folder holds a run of another recipe, or of other images, or these are there and wrong.
     """
     done = finished_metrics(recipe)
     path = recipe.run_dir / "partition.json"
@@ -47,10 +47,11 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
         splits = load_splits(recipe.data)
         drawn = split_data(recipe.data, recipe.partition, recipe.partition_seed)
         same_pool = pool is None or identity(pool) == there.pool
-    except UserError:
-        places = places_of(recipe)
-        if places and all(place.exists() for place in places):
-            raise
+    except UserError as error:
+        if is_here(recipe):
+            raise UserError(
+                f"{recipe.run_dir} is finished, but what it learned from cannot be read: {error}"
+            ) from error
         return done  # a result outlives its images; whoever needs them is told so
     skipped = set(there.skipped)
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped

@@ -72,9 +72,8 @@ def keep_lines(path: Path, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
         UserError: it cannot be read or written.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split(
-            "\n"
-        )  # a name may hold what splitlines cuts at, too
+        # Not splitlines, which cuts at characters that a name may hold, too.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return
     except OSError as error:

@@ -65,9 +65,9 @@ def _common(run: FinishedRun) -> str:
 
 
 def _same_data(one: FinishedRun, other: FinishedRun) -> bool:
-    if one.manifest and other.manifest and set(one.manifest.labeled) != set(other.manifest.labeled):
+    if one.seen and other.seen and one.seen.labeled != other.seen.labeled:
         return False
-    return same_data(one.manifest, other.manifest)
+    return same_data(one.seen, other.seen)
 
 
 def _same_unlabeled(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

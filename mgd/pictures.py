@@ -12,7 +12,7 @@ import PIL.ExifTags
 import PIL.Image
 import torch
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 
 # What PIL's decoders raise on files that are damaged or no images; the last two on entries of EXIF.
 UNREADABLE = (
@@ -23,7 +23,6 @@ UNREADABLE = (
     PIL.Image.DecompressionBombError,
     struct.error,
     TypeError,
-    MemoryError,
 )
 _TURNS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
@@ -181,8 +180,8 @@ def read_picture(path: Path) -> PIL.Image.Image:
     """
     try:
         return to_rgb(decode({"path": path, "bytes": None}))
-    except UNREADABLE as error:
-        raise UserError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    except (*UNREADABLE, MemoryError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def evenly(count: int, wanted: int) -> list[int]:

@@ -13,7 +13,9 @@ from mgd.pictures import PREDICTIONS
 from mgd.sections import Eval
 
 
-def mark_of(model: Path, weights: str, images: str, section: Eval) -> dict[str, str]:
+def mark_of(
+    model: Path, weights: str, images: str, section: Eval, crop: int, image_scale: float, precision: str
+) -> dict[str, str]:
     """Return what predictions are of, which marks their folder.
 
     Args:
@@ -21,11 +23,13 @@ def mark_of(model: Path, weights: str, images: str, section: Eval) -> dict[str, 
         weights: their fingerprint.
         images: the split or the place.
         section: how they are predicted; of it only what changes a prediction.
+        crop: side of the sliding window when `section.crop` is left out, pixels.
+        image_scale: by which images are resized first.
+        precision: the accelerator's `mixed_precision`.
     """
-    how = section.model_dump(include={"mode", "crop", "stride", "scales", "flip"})
-    if section.mode == "whole":
-        how = {key: how[key] for key in ("mode", "scales", "flip")}
-    settings = ", ".join(f"{key} = {value}" for key, value in how.items())
+    window = {"crop": section.crop or crop, "stride": section.stride} if section.mode == "slide" else {}
+    how = {"mode": section.mode, **window, "scales": section.scales, "flip": section.flip, "image_scale": image_scale}
+    settings = ", ".join(f"{key} = {value}" for key, value in (how | {"mixed_precision": precision}).items())
     return {"model": str(model.resolve()), "weights": weights, "images": images, "settings": settings}
 
 
@@ -41,35 +45,43 @@ def check_predictions(folder: Path, mark: Mapping[str, str], below: Sequence[str
         UserError: one of these is not empty, and nothing says that we wrote what is there, or it is of another model,
             other weights, images or settings.
     """
-    try:
-        found = read_json(folder / PREDICTIONS, ("model", "files"))
-        ours = found.keys() <= {*mark, "files"}
-    except UserError:
-        ours = False
-    different = [key for key in mark if found.get(key) != mark[key]] if ours else []
-    if other := [key for key in different if key != "model" or "weights" in different]:  # they could not be told apart
-        what = f"{'another' if other[0] == 'model' else 'other'} {other[0]}: {found.get(other[0], 'unknown')}"
-        what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
-        raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
-    for place in [] if ours else [folder / name for name in below]:
+    if _is_ours(folder, mark):
+        return
+    for place in (folder / name for name in below):
         if place.is_dir() and any(place.iterdir()):
             raise UserError(f"{place} holds files that are no predictions of ours; name another, or an empty, folder")
 
 
-def mark_predictions(folder: Path, mark: Mapping[str, str], files: int, below: Sequence[str] = ("",)) -> None:
+def mark_predictions(folder: Path, mark: Mapping[str, str], files: int) -> None:
     """Say that a folder's predictions are ours: before the first one, so that what was cut short can be done again.
 
     Args:
-        folder: of the predictions.
+        folder: of the predictions, see `check_predictions`.
         mark: what they are of, see `mark_of`.
         files: images that are to be predicted.
-        below: as of `check_predictions`.
 
     Raises:
-        UserError: another process has begun to write other predictions there.
+        UserError: since the check another process has begun to write other predictions there.
     """
-    check_predictions(folder, mark, below)
+    _is_ours(folder, mark)
     write_json(folder / PREDICTIONS, {**mark, "files": files})
+
+
+def _is_ours(folder: Path, mark: Mapping[str, str]) -> bool:
+    """Whether a folder is marked as ours; if it is of something else, which could not be told apart, refuse it."""
+    try:
+        found = read_json(folder / PREDICTIONS, ("model", "files"))
+    except UserError:
+        return False
+    if not found.keys() <= {*mark, "files"}:
+        return False
+    here = mark if "settings" in found else {key: mark[key] for key in mark if key != "settings"}  # an older mark
+    different = [key for key in here if found.get(key) != here[key]]
+    if other := [key for key in different if key != "model" or "weights" in different]:
+        what = f"{'another' if other[0] == 'model' else 'other'} {other[0]}: {found.get(other[0], 'unknown')}"
+        what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
+        raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
+    return True
 
 
 def save_prediction(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mgd.complexity import Cost, model_costs
-from mgd.data.partitions import read_manifest, same_data
+from mgd.data.partitions import Seen, read_manifest, same_data
 from mgd.errors import UserError, some
 from mgd.files import absolute, read_json
 from mgd.gains import Supervised
@@ -102,6 +102,8 @@ def better_teacher(run: FinishedRun) -> float | None:
                 trained = load(teacher.recipe, [f"run.seed={run.recipe.run.seed + teacher.seed_offset}"])
                 place = run.folder.parent / trained.run_dir.name
             found.append(float(read_json(place / "metrics.json", ("miou",))["miou"]))
+            if not same_data(run.seen, _seen(place)):
+                return None
         except (UserError, TypeError, ValueError):  # nothing there, or not as a run wrote it
             return None
     return max(found, default=None)
@@ -136,9 +138,10 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
             left_out.append(str(error))
         label = run.recipe.run.name.replace("-s{seed}", "").replace("{seed}", "").strip("-_.")
         shape = {key: value for key, value in shaping_keys(run.recipe).items() if not _of_one_run(key)}
-        counts = [run.metrics["num_labeled"], run.metrics["num_val"]]  # the same recipe may have met other images
+        # The same recipe may have met other images.
+        counts = [run.metrics[f"num_{kind}"] for kind in ("labeled", "unlabeled", "val")]
         group = alike.setdefault(json.dumps([label, shape, counts], sort_keys=True), [])
-        cell = next((cell for cell in group if all(same_data(run.manifest, one.manifest) for one in cell.runs)), None)
+        cell = next((cell for cell in group if all(same_data(run.seen, one.seen) for one in cell.runs)), None)
         if cell is None:
             group.append(cell := Cell(label, run.recipe, cost, []))
         twin = next((other.folder for other in cell.runs if other.metrics["seed"] == run.metrics["seed"]), None)
@@ -168,9 +171,12 @@ def _read_run(folder: Path, counted: dict[tuple, Mapping[str, Cost]]) -> tuple[F
     network = (recipe.student.model_dump_json(), num_classes, crop)
     if network not in counted:
         counted[network] = model_costs(recipe.student, num_classes, crop)
-    path = folder / "partition.json"
-    manifest = read_manifest(path) if path.exists() else None
-    return FinishedRun(folder, recipe, metrics, manifest), counted[network]
+    return FinishedRun(folder, recipe, metrics, _seen(folder)), counted[network]
+
+
+def _seen(run: Path) -> Seen | None:
+    path = run / "partition.json"
+    return read_manifest(path).seen() if path.exists() else None
 
 
 def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -284,7 +290,7 @@ def _bases(cells: Sequence[Cell]) -> dict[str, Cell]:
 
 
 def notes(cells: Sequence[Cell]) -> list[str]:
-    """Say where runs that stand side by side had not one budget, are of several versions, or of few val images."""
+    """Say where runs side by side had other budgets, images or masks, are of several versions, or of few val images."""
     lines = []
     for cell in cells:
         versions = {str(run.metrics.get("versions", {}).get("mgd")) for run in cell.runs}
@@ -293,8 +299,8 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     for title, members in by_title(cells).items():
         if few := few_images(min(cell.runs[0].metrics["num_val"] for cell in members)):
             lines.append(f"{title}: {few}")
-        first = members[0]
-        others = [cell for cell in members if not same_data(first.runs[0].manifest, cell.runs[0].manifest)]
+        first = next((cell for cell in members if cell.runs[0].seen), members[0])
+        others = [cell for cell in members if not same_data(first.runs[0].seen, cell.runs[0].seen)]
         if others:
             lines.append(
                 f"{title}: not one set of images and masks: {some([cell.label for cell in others])} "
@@ -341,7 +347,8 @@ def _run_folders(sources: Iterable[str | Path]) -> tuple[list[Path], list[Path]]
     found: dict[Path, Path] = {}  # one that is reached in two ways, say by a link, counts once
     for folder in sorted(folders, key=lambda folder: len(folder.parts)):
         found.setdefault(folder.resolve(), folder)
-    return [folder for folder in dict.fromkeys(folders) if folder in found.values()], shut
+    once = set(found.values())
+    return [folder for folder in dict.fromkeys(folders) if folder in once], shut
 
 
 def _runs_below(folder: Path, depth: int, shut: list[Path]) -> list[Path]:

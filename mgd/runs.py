@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import mgd
-from mgd.data.partitions import Manifest, Split, read_manifest, repainted
+from mgd.data.partitions import Manifest, Seen, Split, read_manifest, repainted
 from mgd.errors import Busy, UserError, some
 from mgd.files import absolute, read_json, write_json, write_text
 from mgd.recipe import FREE_KEYS, Recipe, parse
@@ -40,8 +40,8 @@ class FinishedRun(NamedTuple):
     recipe: Recipe
     metrics: dict[str, Any]
     """`metrics.json`."""
-    manifest: Manifest | None
-    """`partition.json`, if there is one."""
+    seen: Seen | None
+    """What it was shown, if its `partition.json` is there."""
 
 
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
@@ -146,7 +146,7 @@ def hold(folder: Path, instead: str = 'or give this run another name: --set "run
 
 
 def _lock_file(folder: Path) -> Path:
-    folder = Path(os.path.abspath(folder))  # "." has no name
+    folder = Path(os.path.realpath(folder))  # "." has no name, and a link is another's name
     return folder.parent / f".{folder.name}.lock"
 
 
@@ -247,10 +247,16 @@ def recipe_differences(there: Mapping, here: Recipe) -> list[str]:
     return [f"{key} {first.get(key)} there, {second.get(key)} here" for key in keys]
 
 
-def places_of(recipe: Recipe) -> list[Path]:
-    """Return the local places of a recipe's images and lists; none of a data set that comes from elsewhere."""
-    named = ((getattr(recipe, section), key) for section, keys in _PLACES.items() for key in keys)
-    return [Path(place) for section, key in named if (place := getattr(section, key, None))]
+def is_here(recipe: Recipe) -> bool:
+    """Whether all images and lists of a recipe lie where it says, on this machine; not so of a data set of the hub."""
+    data, pool = recipe.data, recipe.data.unlabeled
+    if getattr(data, "hub", None) or (pool and pool.hub):
+        return False
+    named = [getattr(data, key, None) for key in _PLACES["data"]] + [pool and (pool.parquet or pool.webdataset)]
+    if not any(named):
+        return False
+    named += [getattr(recipe.partition, key) for key in _PLACES["partition"]]
+    return all(Path(place).exists() for place in named if place)
 
 
 def with_places(tables: Mapping) -> dict[str, Any]:

@@ -89,14 +89,7 @@ class DataSection(Section):
     """Every image and mask is first resized by this factor (0.5 = half resolution)."""
     crop: Annotated[int, Field(ge=32)] = 512
     """Side of the square training crop, pixels."""
-    scales: Scales = (
-        0.5,
-        0.75,
-        1.0,
-        1.5,
-        1.75,
-        2.0,
-    )
+    scales: Scales = (0.5, 0.75, 1.0, 1.5, 1.75, 2.0)
     """Random scale factors of the training augmentation."""
     flip: bool = True
     """Random horizontal flip."""

@@ -74,8 +74,12 @@ def note_learned(model: str | Path, ids: Iterable[str], say: Callable[[str], Non
         say: prints a line.
     """
     path, names = find_partition(model), list(ids)
-    learned = sorted(set(read_manifest(path).labeled).intersection(names)) if path else []
-    if learned:
+    try:
+        run = read_manifest(path) if path else None
+    except UserError:  # it is damaged, which is no reason not to score
+        run = None
+    # Its own val images may have names of training images, in a folder of theirs; those were told apart before it.
+    if run and (learned := sorted(set(run.labeled).intersection(names).difference(run.val or ()))):
         say(
             f"note: {len(learned)} of these {len(names)} images have the names of labelled training images of "
             f"{path.parent} ({some(learned)}); if they are those, the score is on what it learned from"
@@ -106,7 +110,7 @@ def keep_unlabeled(model: Path, recipe: Recipe, scores: Scores, images: Images) 
         scored = json.dumps([sorted(images.ids), sorted(images.mask_sums().items())])
         found = {"miou": scores.miou, "num_images": len(images), "sum": zlib.crc32(scored.encode())}
         write_json(run / UNLABELED, found)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return f"not kept: {error}"
     return f"kept in {run / UNLABELED}, for stages/report.py"
 
@@ -115,8 +119,8 @@ def read_unlabeled(run: Path) -> dict[str, Any]:
     """Return what `keep_unlabeled` kept; nothing of a run without it.
 
     Returns:
-        `unlabeled_miou`; `unlabeled_images`, how many these were; `unlabeled_sum`, of their names and masks, None of an
-        older version.
+        `unlabeled_miou`; `unlabeled_images`, how many these were; `unlabeled_sum`, of their names and of the masks that
+        are files, None of an older version.
 
     Raises:
         UserError: it is damaged.
@@ -127,7 +131,8 @@ def read_unlabeled(run: Path) -> dict[str, Any]:
     try:
         found = read_json(path, ("miou", "num_images"))
         miou, num_images, scored = found["miou"], found["num_images"], found.get("sum")
-        if type(miou) in (int, float) and 0 <= miou <= 100 and type(num_images) is int:
+        whole = type(num_images) is int and isinstance(scored, int | None)
+        if type(miou) in (int, float) and 0 <= miou <= 100 and whole:
             return {"unlabeled_miou": float(miou), "unlabeled_images": num_images, "unlabeled_sum": scored}
     except UserError:
         pass

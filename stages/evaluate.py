@@ -64,7 +64,8 @@ def main() -> None:
     network = load_segmenter(folder)
     if args.save_predictions:
         shown = " of ".join(filter(None, (split, absolute(getattr(recipe.data, "root", None)))))
-        mark = mark_of(folder, fingerprint(network), shown, recipe.eval)
+        scale, precision = recipe.data.image_scale, accelerator.mixed_precision
+        mark = mark_of(folder, fingerprint(network), shown, recipe.eval, recipe.data.crop, scale, precision)
         check_predictions(Path(args.save_predictions), mark)
         accelerator.wait_for_everyone()  # or one may look when another has begun to write
     network.to(accelerator.device)

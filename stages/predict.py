@@ -11,9 +11,10 @@ import sys
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
+import functools  # noqa: E402
 import itertools  # noqa: E402
 from collections import Counter  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NamedTuple  # noqa: E402
 
@@ -70,7 +71,8 @@ def main() -> None:
     model = load_segmenter(folder).eval().to(accelerator.device)
     section, crop = _how(folder, args.set, model.crop)
     output = Path(args.output)
-    mark = mark_of(folder, fingerprint(model), str(Path(args.input).resolve()), section)
+    place, precision = str(Path(args.input).resolve()), accelerator.mixed_precision
+    mark = mark_of(folder, fingerprint(model), place, section, crop, model.image_scale, precision)
     check_predictions(output, mark, KINDS)
     ours = [(output / kind).resolve() for kind in KINDS]
     files = [file for file in list_pictures(args.input) if not set(ours) & set(file.resolve().parents)]
@@ -80,12 +82,13 @@ def main() -> None:
     share = list(zip(files, names, strict=True))[accelerator.process_index :: accelerator.num_processes]
 
     unreadable, done = [], 0
+    predict = functools.partial(_predict, model=model, section=section, crop=crop, kinds=args.save)
     bar = tqdm(total=len(share), unit="img", leave=False, disable=None if accelerator.is_main_process else True)
     with bar, accelerator.autocast(), torch.inference_mode():
         for group in _batches(share, args.batch, unreadable):
-            for one in _predicted(group, model, section, crop, args.save, unreadable):
+            for one in _predicted(group, predict, unreadable):
                 if not done:
-                    mark_predictions(output, mark, len(files), KINDS)
+                    mark_predictions(output, mark, len(files))
                 _save(output, one, model.colors, args.save)
                 done += 1
             bar.update(done + len(unreadable) - bar.n)
@@ -141,32 +144,38 @@ def _read(share: list[tuple[Path, str]], unreadable: list[str]) -> Iterator[tupl
 
 
 def _predicted(
-    group: Sequence[tuple[str, PIL.Image.Image]],
-    model: Segmenter,
-    section: Eval,
-    crop: int,
-    kinds: Sequence[str],
-    unreadable: list[str],
+    group: Sequence[tuple[str, PIL.Image.Image]], predict: Callable[..., list[Prediction]], unreadable: list[str]
 ) -> Iterator[Prediction]:
     """Yield predictions of pictures of one size; what fails together, say for want of memory, is tried one by one."""
+    for part in (group, *([one] for one in group)) if len(group) > 1 else (group,):
+        try:
+            found = predict(part)
+        except CANNOT_TAKE as error:
+            if len(part) == 1:
+                unreadable.append(f"{part[0][0]} cannot be predicted: {one_line(error)}")
+            continue
+        yield from found
+        if part is group:
+            return
+
+
+def _predict(
+    group: Sequence[tuple[str, PIL.Image.Image]], model: Segmenter, section: Eval, crop: int, kinds: Sequence[str]
+) -> list[Prediction]:
+    """Predict pictures of one size at once."""
     try:
         small = torch.stack([to_tensor(rescale(picture, model.image_scale)) for _, picture in group])
         scores = predict_scores(model, small.to(model.mean.device), section, crop)
         scores = enlarge(scores, group[0][1].size[::-1])
         classes = scores.argmax(dim=1).to(torch.uint8).cpu()
-        shares = scores.softmax(dim=1).half().cpu() if "probabilities" in kinds else [None] * len(group)
-        pictures = [(name, np.asarray(picture)) for name, picture in group]
-        found = [Prediction(*one, *rest) for one, *rest in zip(pictures, classes, shares, strict=True)]
+        wanted = "probabilities" in kinds
+        shares = [one.softmax(dim=0).half().cpu() if wanted else None for one in scores]
     except CANNOT_TAKE as error:
-        found = []
-        if len(group) == 1:
-            windows = section.mode == "whole" and not isinstance(error, UserError)  # ours has its own remedy
-            remedy = "; --set eval.mode=slide predicts in windows" if windows else ""
-            unreadable.append(f"{group[0][0]} cannot be predicted: {one_line(error)}{remedy}")
-    if not found and len(group) > 1:
-        for one in group:
-            yield from _predicted([one], model, section, crop, kinds, unreadable)
-    yield from found
+        if section.mode == "whole" and not isinstance(error, UserError):  # ours has its own remedy
+            raise UserError(f"{one_line(error)}; --set eval.mode=slide predicts in windows") from error
+        raise
+    pictures = [(name, np.asarray(picture)) for name, picture in group]
+    return [Prediction(*one, *rest) for one, *rest in zip(pictures, classes, shares, strict=True)]
 
 
 def _save(output: Path, one: Prediction, colors: tuple, kinds: list[str]) -> None:

@@ -29,7 +29,7 @@ from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.needed import needed_recipes, note_other_data, refuse_students
 from mgd.recipe import load
-from mgd.runs import recipe_differences
+from mgd.runs import is_here, recipe_differences
 from mgd.sections import Optim
 from mgd.train import _on_device
 
@@ -230,6 +230,17 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     root.rename(tmp_path / "elsewhere")
     forget_data()
     assert finished(recipe)["miou"] == done["miou"], "a result outlives its images"
+
+
+def test_data_that_is_away_is_told_from_data_that_is_wrong(write_recipe, tmp_path):
+    assert not is_here(load(write_recipe())), "it is drawn, nothing of it lies anywhere"
+    table = tomllib.loads(write_recipe().read_text())
+    table["data"] = {"name": "folder", "root": str(tmp_path), "classes": ["0", "1"], "crop": 32}
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(table))
+    assert is_here(load(tmp_path / "mine.toml"))
+    for key, value in (("val_root", "away"), ("unlabeled.parquet", "away"), ("unlabeled.hub", "org/name")):
+        assert not is_here(load(tmp_path / "mine.toml", [f"data.{key}={value}"])), key
+    assert is_here(load(tmp_path / "mine.toml", [f"data.unlabeled.webdataset={tmp_path}"]))
 
 
 def test_what_a_given_teacher_saw_otherwise_is_said(write_recipe, tmp_path):

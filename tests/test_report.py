@@ -179,7 +179,13 @@ def test_scores_of_other_unlabelled_images_are_not_compared(fake_run, tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    ["{", "[1]", '{"num_images": 8}', *(f'{{"miou": {x}, "num_images": 8}}' for x in ('"50"', "null", "NaN", "101"))],
+    [
+        "{",
+        "[1]",
+        '{"num_images": 8}',
+        '{"miou": 50, "num_images": 8, "sum": [1]}',
+        *(f'{{"miou": {x}, "num_images": 8}}' for x in ('"50"', "null", "NaN", "101")),
+    ],
 )
 def test_a_damaged_score_of_unlabelled_images_costs_no_run(fake_run, tmp_path, damage):
     place = fake_run("plain", 0, 50.0)
@@ -243,6 +249,11 @@ def test_the_share_of_the_better_teacher(fake_run, tmp_path):
         fake_run("kd", seed, student, teachers=teachers, method={"name": "kd", "distill_from": ["d", "w"]})
     rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["kd"]["of_teacher"] == pytest.approx((90 + 80) / 2) and rows["deep"]["of_teacher"] is None
+    keep_partition(given)
+    keep_partition(tmp_path / "runs" / "kd-s1", masks={"validation: v": 3})
+    rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
+    assert rows["kd"]["of_teacher"] is None, "scored on another mask"
+    (given / "partition.json").unlink()
     (given / "metrics.json").unlink()
     rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["kd"]["of_teacher"] is None

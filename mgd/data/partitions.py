@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -78,6 +80,10 @@ class Manifest(BaseModel):
     teachers: dict[str, str] = {}
     """Fingerprints of the teachers' weights by name."""
 
+    def seen(self) -> "Seen":
+        """Return what tells its data from others'."""
+        return Seen(_sum(self.labeled), None if self.val is None else _sum(self.val), self.masks)
+
     def lists(self) -> dict[str, set[str]]:
         """Return the images of each list by its name; an older run did not keep `val`."""
         named = {"labeled": self.labeled, "unlabeled": self.unlabeled, "val": self.val}
@@ -103,18 +109,32 @@ def repainted(then: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
     return [name for name, found in now.items() if then.get(name, found) != found]
 
 
-def same_data(one: Manifest | None, other: Manifest | None) -> bool:
+class Seen(NamedTuple):
+    """What a run was shown: sums of the names of its labelled and val images, and of the masks that are files."""
+
+    labeled: int
+    val: int | None
+    """None: an older run did not keep it."""
+    masks: Mapping[str, int]
+    """See `Split.masks`."""
+
+
+def same_data(one: Seen | None, other: Seen | None) -> bool:
     """Whether two runs were evaluated on the same images, and every mask that both know is the same.
 
     Args:
-        one: `partition.json` of the one, or None of a run that has none: nothing is known of it.
-        other: of the other.
+        one: what the one was shown; None: nothing is known of it.
+        other: likewise.
     """
     if one is None or other is None:
         return True
-    if one.val is not None and other.val is not None and set(one.val) != set(other.val):
+    if one.val is not None and other.val is not None and one.val != other.val:
         return False
     return not repainted(one.masks, other.masks)
+
+
+def _sum(names: Iterable[str]) -> int:
+    return zlib.crc32("\n".join(sorted(names)).encode())
 
 
 def split(

@@ -81,6 +81,25 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
     assert f"left out of the mean: {', '.join(absent)}" in scored.stdout
 
 
+def test_images_that_a_run_learned_from_are_announced(tmp_path, run_here):
+    for seed, part in enumerate(("train", "val")):
+        make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(seed))
+    for kind in ("images", "masks"):
+        for index in range(len(SIZES)):  # names of their own
+            (tmp_path / "val" / kind / f"{index}.png").rename(tmp_path / "val" / kind / f"v{index}.png")
+    run_recipe(load(folder_recipe(tmp_path, partition={"labeled": 2, "seed": 3})), Accelerator())
+    run, copy = tmp_path / "runs" / "tiny", shutil.copytree(tmp_path / "train", tmp_path / "copy")
+    said = "of these 4 images have the names of labelled training images of"
+    own = run_here("evaluate.py", "--model", run)
+    assert own.returncode == 0 and said not in own.stdout
+    for model in (run, run / "model"):
+        other = run_here("evaluate.py", "--model", model, "--set", f"data.val_root={copy}")
+        assert other.returncode == 0 and f"note: 2 {said} {run} " in other.stdout
+    (run / "partition.json").write_text("{")
+    damaged = run_here("evaluate.py", "--model", run, "--set", f"data.val_root={copy}")
+    assert damaged.returncode == 0 and said not in damaged.stdout, damaged.stderr
+
+
 def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     for seed, part in enumerate(("train", "val")):
         make_folder(tmp_path / part, [0, 1, 2], np.random.default_rng(seed))
@@ -101,11 +120,6 @@ def test_the_images_that_a_run_saw_without_masks(tmp_path, run_here):
     assert rows["mean"] == pytest.approx(np.nanmean(list(expected.values())))
     kept = json.loads((run / "unlabeled.json").read_text())
     assert kept == {"miou": pytest.approx(rows["mean"]), "num_images": 2, "sum": kept["sum"]}
-    assert "have the names of labelled training images" not in scored.stdout
-    shutil.copytree(tmp_path / "train", tmp_path / "copy")
-    shown = run_here("evaluate.py", "--model", run, "--set", f"data.val_root={tmp_path / 'copy'}")
-    learned = f"note: 2 of these {len(SIZES)} images have the names of labelled training images of {run} "
-    assert shown.returncode == 0 and learned in shown.stdout
     mask = tmp_path / "train" / "masks" / min(sizes)
     painted = mask.read_bytes()
     PIL.Image.new("L", PIL.Image.open(mask).size, 1).save(mask)

@@ -1,3 +1,4 @@
+import json
 import shutil
 import signal
 
@@ -8,11 +9,11 @@ import torch
 from conftest import call_stage
 from safetensors.torch import load_file, save_file
 
-from mgd.errors import Stopped
+from mgd.errors import Stopped, UserError
 from mgd.inference import predict_logits
 from mgd.models.segmenter import Segmenter, build_segmenter, load_segmenter
 from mgd.pictures import rescale, to_tensor
-from mgd.predictions import save_prediction
+from mgd.predictions import mark_predictions, save_prediction
 from mgd.recipe import parse_model
 from mgd.sections import Eval
 
@@ -161,6 +162,15 @@ def test_what_fails_together_is_predicted_one_by_one(tmp_path, model, capsys, mo
         torch.testing.assert_close(*found, atol=1e-3, rtol=0)  # a batch of another size rounds otherwise
 
 
+def test_a_mark_that_another_process_is_writing_stops_no_one(tmp_path):
+    mark = {"model": "m", "weights": "w", "images": "i", "settings": "s"}
+    (tmp_path / ".predictions.json.123").write_text("{")  # written aside, and not yet in its place
+    mark_predictions(tmp_path, mark, 3)
+    mark_predictions(tmp_path, mark, 3)
+    with pytest.raises(UserError, match="holds predictions of other images: i; name another folder"):
+        mark_predictions(tmp_path, mark | {"images": "others"}, 3)
+
+
 def test_earlier_predictions_are_no_photos(tmp_path, model, capsys):
     photos = tmp_path / "photos"
     (photos / "masks").mkdir(parents=True)  # a folder of this name may hold photos elsewhere
@@ -199,6 +209,9 @@ def test_nothing_is_overwritten_or_segmented_twice(tmp_path, model, capsys):
     assert status == 2 and f"{inside} holds predictions of another model: {model}; name another folder" in error
     status, _, error = call_stage(capsys, "predict.py", *arguments, inside, "--set", "eval.flip=true")
     assert status == 2 and "holds predictions of other settings: mode = whole, scales = (1.0,), flip = False" in error
+    marked = json.loads((inside / "predictions.json").read_text())
+    (inside / "predictions.json").write_text(json.dumps({key: marked[key] for key in marked if key != "settings"}))
+    assert call_stage(capsys, "predict.py", *arguments, inside)[0] == 0, "as an earlier version marked it"
     status, _, error = call_stage(capsys, "predict.py", *arguments[:2], "--input", data / "masks", "--output", inside)
     assert status == 2 and f"holds predictions of other images: {data / 'images'}; name another folder" in error
     assert call_stage(capsys, "predict.py", "--model", f"{model}/", *arguments[2:], inside)[0] == 0
