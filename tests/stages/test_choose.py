@@ -190,6 +190,7 @@ def test_two_choices_at_once_do_not_mix(write_recipe, choose, tmp_path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ports")  # of fixed numbers
 @pytest.mark.parametrize("strategy", ["random", "coverage"])
 def test_two_processes_choose_as_one(write_recipe, choose, tmp_path, strategy):
     recipe = write_recipe()

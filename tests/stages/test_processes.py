@@ -24,6 +24,7 @@ EXACT = {
     "method": {"name": "cps"},
 }
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
+pytestmark = pytest.mark.xdist_group("ports")  # of fixed numbers
 
 
 def torchrun(processes, port):
