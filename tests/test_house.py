@@ -1,6 +1,7 @@
 """Imports run one way; see the README's map of the code."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,11 @@ ALLOWED = {  # module prefix -> what of ours it may import
     "mgd.models": PLUGIN | {"mgd.models", "mgd.recipe"},
     "mgd.methods": PLUGIN | {"mgd.methods", "mgd.losses", "mgd.data.cutmix"},
 }
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    *(p for folder in ("stages", "mgd", "recipes") for p in sorted((ROOT / folder).rglob("*.md"))),
+]
 
 
 def _modules():
@@ -66,6 +72,24 @@ def test_nothing_but_the_plan_at_top_level():
     top = {name.split("/")[0] for name in tracked.stdout.split()}
     expected = {"stages", "mgd", "recipes", "tests", "pyproject.toml", "README.md", "LICENSE"}
     assert {name for name in top if not name.startswith(".")} <= expected
+
+
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a Markdown text without code blocks."""
+    headings = re.findall(r"^#+ (.*)", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_the_documents_lead_somewhere(path):
+    texts = {
+        document: re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S) for document in DOCUMENTS
+    }
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", texts[path]):
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), f"{path}: {link}"
+        assert not anchor or anchor in anchors(texts[target]), f"{path}: {link}"
 
 
 def test_no_stage_is_called_as_a_standard_module():

@@ -85,7 +85,7 @@ def test_a_package_brings_one_of_each(segplus, write_recipe, tmp_path, monkeypat
 
 
 def test_the_method_of_the_readme_learns(write_recipe, monkeypatch, run_here):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "mgd" / "README.md").read_text(encoding="utf-8")
     example = next(part for part in text.split("```python\n") if "class MineConfig" in part).split("```")[0]
     names = {"__name__": "mypackage"}
     exec(compile(example, "<README>", "exec"), names)
