@@ -16,6 +16,7 @@ from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from mgd import cli  # noqa: E402
+from mgd.cells import Cell, by_title, collect  # noqa: E402
 from mgd.checks import usable_masked  # noqa: E402
 from mgd.data.reading import load_splits  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
@@ -25,7 +26,7 @@ from mgd.markdown import markdown  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.pictures import evenly  # noqa: E402
 from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
-from mgd.report import Cell, as_csv, by_title, collect, notes, result_rows, tables  # noqa: E402
+from mgd.report import as_csv, notes, result_rows, tables  # noqa: E402
 
 MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")

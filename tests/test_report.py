@@ -10,6 +10,7 @@ import tomli_w
 from accelerate import Accelerator
 from conftest import ROOT
 
+from mgd.cells import collect
 from mgd.data.images import Images
 from mgd.data.reading import load_splits
 from mgd.errors import UserError
@@ -18,7 +19,7 @@ from mgd.markdown import markdown
 from mgd.models.segmenter import load_segmenter
 from mgd.needed import needed_recipes
 from mgd.recipe import load
-from mgd.report import as_csv, collect, notes, result_rows, tables
+from mgd.report import as_csv, notes, result_rows, tables
 
 REFERENCE = {"miou": 55.0, "source": "paper, Table 9"}
 
@@ -273,6 +274,19 @@ def test_variants_stand_beside_their_run_in_a_table_of_their_own(fake_run, tmp_p
     assert [row["run"] for row in extra[1]] == ["m", "m_grid_3"]
 
 
+def test_variants_stand_beside_the_run_of_their_own_folder(fake_run, tmp_path):
+    for steps, folder in ((4, "short"), (8, "long")):
+        fake_run("m_4", 0, 50.0 + steps, folder=folder, optim={"steps": steps})
+        fake_run("m_4_grid_3", 0, 60.0 + steps, folder=folder, optim={"steps": steps})
+    cells, _ = collect([tmp_path / "short", tmp_path / "long"])
+    main, *extra = tables(cells).values()
+    assert [row["run"] for row in main] == [f"m ({tmp_path}/{folder}/m_4-s0)" for folder in ("short", "long")]
+    assert [[list(row.values())[-1] for row in table] for table in extra] == [
+        ["54.00 (n=1)", "64.00 (n=1)"],
+        ["58.00 (n=1)", "68.00 (n=1)"],
+    ]
+
+
 def test_what_is_left_out_is_said(fake_run, tmp_path):
     fake_run("a", 0, 50.0)
     twin = fake_run("a", 0, 51.0, folder="again")
@@ -300,7 +314,7 @@ def test_another_setting_is_another_cell_and_another_budget_is_announced(fake_ru
     fake_run("a", 0, 50.0)
     fake_run("a", 1, 60.0, folder="long", optim={"steps": 8})
     cells, _ = collect([tmp_path / "runs", tmp_path / "long"])
-    assert len(cells) == 2 and len({cell.label for cell in cells}) == 2
+    assert len(cells) == 2 and len({cell.name for cell in cells}) == 2
     (line,) = notes(cells)
     assert "not one budget, optim.steps" in line
     fake_run("b", 0, 50.0, eval={"flip": True})
