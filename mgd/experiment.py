@@ -21,7 +21,6 @@ from mgd.data.loaders import TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
 from mgd.files import append_line, keep_lines, write_json
-from mgd.images import training_images, training_pairs
 from mgd.inference import count_confusion, predict
 from mgd.methods.base import Method
 from mgd.methods.contract import check_parts
@@ -31,6 +30,7 @@ from mgd.optim import total_steps
 from mgd.pictures import evenly, to_tensor
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
+from mgd.run_images import training_images, training_pairs
 from mgd.runs import best_so_far, device_name, hold, keep_best, open_folder, peak_memory_mb, save_model, versions
 from mgd.tracking import track, tracked
 from mgd.train import TrainingTime, train

@@ -15,10 +15,10 @@ from mgd import cli  # noqa: E402
 from mgd.cache import cached_targets, compare  # noqa: E402
 from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.images import training_images, training_pairs  # noqa: E402
 from mgd.methods.mgd import TermsSection  # noqa: E402
 from mgd.needed import refuse_students, trained_teachers  # noqa: E402
 from mgd.recipe import load  # noqa: E402
+from mgd.run_images import training_images, training_pairs  # noqa: E402
 
 
 def main() -> None:

@@ -16,13 +16,13 @@ from mgd.data.targets import CachedTargets, shard_path
 from mgd.data.transforms import View
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
-from mgd.images import training_images, training_pairs
 from mgd.losses.cwd import channel_wise
 from mgd.losses.kd import pixel_kl
 from mgd.methods.mgd import MGD, _cached
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.recipe import load, parse_model
 from mgd.registry import METHODS
+from mgd.run_images import training_images, training_pairs
 
 TERMS = {"pixel": {"teachers": ["a", "b"]}, "image": {"teachers": ["a"]}, "region": {"teachers": ["b"], "grid": 3}}
 

@@ -8,10 +8,10 @@ from mgd.data.images import Images, evaluation_item
 from mgd.data.reading import load_splits, split_data
 from mgd.errors import UserError
 from mgd.export.verify import Sample
-from mgd.images import unlabeled_images
 from mgd.models.segmenter import Segmenter
 from mgd.pictures import evenly, list_pictures, read_picture, rescale, to_tensor
 from mgd.recipe import Recipe
+from mgd.run_images import unlabeled_images
 from mgd.unseen import note_learned
 
 
@@ -34,15 +34,17 @@ def of_recipe(recipe: Recipe, model: Segmenter, folder: Path, count: int) -> tup
     note_learned(folder, val.ids, print)
     pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"
-    tried, _ = _some(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)
-    read, _ = _some(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
+    tried, _ = _readable(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)
+    read, _ = _readable(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
     for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(pool))):
         if not found:
             raise UserError(f"[data] none of {min(count, total)} {what} images can be read")
     return tried, read
 
 
-def _some(total: int, count: int, read: Callable[[int], Sample], skips: bool = True) -> tuple[list[Sample], list[str]]:
+def _readable(
+    total: int, count: int, read: Callable[[int], Sample], skips: bool = True
+) -> tuple[list[Sample], list[str]]:
     """Read up to `count` of `total` images, spread evenly; return them, and what is wrong with others if it `skips`."""
     found, problems = [], []
     for index in evenly(total, count):
@@ -62,7 +64,7 @@ def of_folder(source: str | Path, model: Segmenter, count: int) -> tuple[list[Sa
         UserError: no image there, or none of those chosen can be read.
     """
     files = list_pictures(source)
-    samples, problems = _some(
+    samples, problems = _readable(
         len(files), count, lambda index: Sample(to_tensor(rescale(read_picture(files[index]), model.image_scale)))
     )
     if not samples:

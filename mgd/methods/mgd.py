@@ -178,9 +178,6 @@ class MGDConfig(TermsSection):
     that cached teachers can do)."""
 
 
-_SHOWN_AS = {"labeled": "labeled", "first": "unlabeled", "second": "unlabeled"}  # "mixed": by no term's pixels
-
-
 @METHODS.register("mgd")
 class MGD(MultiGranularity):
     """Teachers that were trained beforehand and stay as they are, asked in every step or beforehand."""
@@ -243,13 +240,11 @@ class MGD(MultiGranularity):
         config = self.config
         with torch.inference_mode():
             outputs = teacher_outputs(self.teachers[name], views, self._wanted(name))
-            asked = [
-                view for view in outputs if name in config.pixel.teachers and _SHOWN_AS.get(view) in config.pixel.on
-            ]
+            said = {view: outputs[view].logits for view in self._labelled_by(name)}
             if config.pixel.labels == "soft":
-                targets = {view: outputs[view].logits.softmax(dim=1) for view in asked}
+                targets = {view: logits.softmax(dim=1) for view, logits in said.items()}
             else:
-                targets = {view: outputs[view].logits.argmax(dim=1) for view in asked}
+                targets = {view: logits.argmax(dim=1) for view, logits in said.items()}
             labeled = targets.get("labeled")
             unlabeled = mix(targets["first"], targets["second"], mask) if "first" in targets else None
             logits = features = None
@@ -261,19 +256,18 @@ class MGD(MultiGranularity):
                 features = losses.pool_regions(features, config.region.grid)
         return TeacherTargets(labeled, unlabeled, logits, features)
 
+    def _labelled_by(self, name: str) -> list[str]:
+        """The views of a step that L_P wants a teacher's labels of; it never wants those of the mixed images."""
+        pixel = self.config.pixel
+        shown = {"labeled": ["labeled"], "unlabeled": ["first", "second"]}
+        return [view for kind in pixel.on for view in shown[kind]] if name in pixel.teachers else []
+
     def _wanted(self, name: str) -> list[str]:
         """The views of a step on which a teacher's terms need it."""
-        config, wanted = self.config, []
-        on_mixed = name in config.image.teachers or name in config.region.teachers
-        if name in config.pixel.teachers and "labeled" in config.pixel.on:
-            wanted.append("labeled")
-        if (name in config.pixel.teachers and "unlabeled" in config.pixel.on) or (
-            on_mixed and config.remix == "predictions"
-        ):
-            wanted += ["first", "second"]
-        if on_mixed and config.remix == "images":
-            wanted.append("mixed")
-        return wanted
+        config, wanted = self.config, self._labelled_by(name)
+        if name in config.image.teachers or name in config.region.teachers:
+            wanted += ["mixed"] if config.remix == "images" else ["first", "second"]
+        return list(dict.fromkeys(wanted))
 
 
 def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weights: Tensor | None) -> Tensor:
