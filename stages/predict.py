@@ -147,16 +147,18 @@ def _predicted(
     group: Sequence[tuple[str, PIL.Image.Image]], predict: Callable[..., list[Prediction]], unreadable: list[str]
 ) -> Iterator[Prediction]:
     """Yield predictions of pictures of one size; what fails together, say for want of memory, is tried one by one."""
-    for part in (group, *([one] for one in group)) if len(group) > 1 else (group,):
-        try:
-            found = predict(part)
-        except CANNOT_TAKE as error:
-            if len(part) == 1:
-                unreadable.append(f"{part[0][0]} cannot be predicted: {one_line(error)}")
-            continue
-        yield from found
-        if part is group:
+    try:
+        found = predict(group)
+    except CANNOT_TAKE as error:
+        if len(group) == 1:
+            unreadable.append(f"{group[0][0]} cannot be predicted: {one_line(error)}")
             return
+        found = None  # tried again below, where the error no longer holds what was in memory
+    if found is None:
+        for one in group:
+            yield from _predicted([one], predict, unreadable)
+    else:
+        yield from found
 
 
 def _predict(
