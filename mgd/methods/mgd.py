@@ -240,7 +240,7 @@ class MGD(MultiGranularity):
         config = self.config
         with torch.inference_mode():
             outputs = teacher_outputs(self.teachers[name], views, self._wanted(name))
-            said = {view: outputs[view].logits for view in self._labelled_by(name)}
+            said = {view: outputs[view].logits for view in self._pixel_views(name)}
             if config.pixel.labels == "soft":
                 targets = {view: logits.softmax(dim=1) for view, logits in said.items()}
             else:
@@ -256,7 +256,7 @@ class MGD(MultiGranularity):
                 features = losses.pool_regions(features, config.region.grid)
         return TeacherTargets(labeled, unlabeled, logits, features)
 
-    def _labelled_by(self, name: str) -> list[str]:
+    def _pixel_views(self, name: str) -> list[str]:
         """The views of a step that L_P wants a teacher's labels of; it never wants those of the mixed images."""
         pixel = self.config.pixel
         shown = {"labeled": ["labeled"], "unlabeled": ["first", "second"]}
@@ -264,7 +264,7 @@ class MGD(MultiGranularity):
 
     def _wanted(self, name: str) -> list[str]:
         """The views of a step on which a teacher's terms need it."""
-        config, wanted = self.config, self._labelled_by(name)
+        config, wanted = self.config, self._pixel_views(name)
         if name in config.image.teachers or name in config.region.teachers:
             wanted += ["mixed"] if config.remix == "images" else ["first", "second"]
         return list(dict.fromkeys(wanted))
