@@ -74,22 +74,24 @@ def test_nothing_but_the_plan_at_top_level():
     assert {name for name in top if not name.startswith(".")} <= expected
 
 
-def anchors(text):
-    """The anchors that GitHub gives to the headings of a Markdown text without code blocks."""
+def _prose(path):
+    """A Markdown file without its code blocks."""
+    return re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)
+
+
+def _anchors(text):
+    """The anchors that GitHub gives to the headings of a Markdown text."""
     headings = re.findall(r"^#+ (.*)", text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_of_the_documents_lead_somewhere(path):
-    texts = {
-        document: re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S) for document in DOCUMENTS
-    }
-    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", texts[path]):
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", _prose(path)):
         name, _, anchor = link.partition("#")
         target = (path.parent / name).resolve() if name else path
         assert target.exists(), f"{path}: {link}"
-        assert not anchor or anchor in anchors(texts[target]), f"{path}: {link}"
+        assert not anchor or anchor in _anchors(_prose(target)), f"{path}: {link}"
 
 
 def test_no_stage_is_called_as_a_standard_module():
