@@ -22,6 +22,8 @@ from mgd.data.partitions import Split
 from mgd.data.stream import Pool
 from mgd.files import append_line, keep_lines, write_json
 from mgd.inference import count_confusion, predict
+from mgd.locks import hold
+from mgd.machine import device_name, peak_memory_mb, versions
 from mgd.methods.base import Method
 from mgd.methods.contract import check_parts
 from mgd.metrics import Scores, scores
@@ -31,7 +33,7 @@ from mgd.pictures import evenly, to_tensor
 from mgd.plots import plot_curves, save_overlays
 from mgd.recipe import Recipe
 from mgd.run_images import training_images, training_pairs
-from mgd.runs import best_so_far, device_name, hold, keep_best, open_folder, peak_memory_mb, save_model, versions
+from mgd.runs import best_so_far, keep_best, open_folder, save_model
 from mgd.tracking import track, tracked
 from mgd.train import TrainingTime, train
 

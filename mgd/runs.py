@@ -1,32 +1,20 @@
 """A run folder: whose it is, whether it is finished, what is written into it."""
 
 import contextlib
-import importlib.metadata
-import os
-import platform
 import shutil
-import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-import mgd
 from mgd.data.partitions import Manifest, Seen, Split, read_manifest, repainted
-from mgd.errors import Busy, UserError, some
+from mgd.errors import UserError, some
 from mgd.files import absolute, read_json, write_json, write_text
 from mgd.recipe import FREE_KEYS, Recipe, parse
-from mgd.registry import DATASETS, plugin_packages
+from mgd.registry import DATASETS
 from mgd.tables import flatten
-
-try:
-    import fcntl
-    import resource
-except ImportError:  # Windows
-    fcntl = resource = None
 
 _PLACES = {"data": ("root", "val_root", "parquet"), "partition": ("labeled_list", "unlabeled_list")}
 UNLABELED = "unlabeled.json"
@@ -105,74 +93,6 @@ def read_metrics(folder: Path, recipe: Recipe, more: Sequence[str] = ()) -> dict
         value = str(metrics.get(wrong[0]))[:40]
         raise UserError(f"{path} is not as a run wrote it: {wrong[0]} = {value}; start over with --restart")
     return metrics
-
-
-@contextlib.contextmanager
-def hold(folder: Path, instead: str = 'or give this run another name: --set "run.name=NAME-s{seed}"') -> Iterator[None]:
-    """Keep a folder to this process: two that write it at once would ruin each other's work.
-
-    Args:
-        folder: of a run, or a cache.
-        instead: what else than waiting there is to do.
-
-    Raises:
-        Busy: another process holds it.
-        UserError: its place cannot be written.
-    """
-    path = _lock_file(folder)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be made: {error.strerror or error}") from error
-    with file:
-        try:
-            if fcntl:
-                _lock(file)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise Busy(
-                f"{folder} is being written by another process (pid {file.read().strip() or 'unknown'}); wait for it, "
-                f"stop it, {instead}"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        if fcntl:
-            os.register_at_fork(after_in_child=file.close)  # or a data worker holds on when this process is killed
-        yield
-
-
-def _lock_file(folder: Path) -> Path:
-    folder = Path(os.path.realpath(folder))  # "." has no name, and a link is another's name
-    return folder.parent / f".{folder.name}.lock"
-
-
-def _lock(file: TextIO) -> None:
-    for patience in (0.01, 0.05, 0.1, 0):  # `is_held` may be looking at this very moment
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not patience:
-                raise
-            time.sleep(patience)
-
-
-def is_held(folder: Path) -> bool:
-    """Whether another process `hold`s a folder now; where files cannot be locked that is unknown, False."""
-    path = _lock_file(folder)
-    if not fcntl or not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return False
 
 
 def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], restart: bool) -> None:
@@ -313,40 +233,3 @@ def best_so_far(folder: Path) -> dict[str, Any] | None:
     """Return step and val mIoU of what `keep_best` kept, or None."""
     path = folder / "best" / "metrics.json"
     return read_json(path, ("step", "miou")) if path.exists() else None
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Peak memory, MiB: of the GPU since the run began, or of this process, with the runs before this one.
-
-    On Windows that of a process is not known, and 0.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if not resource:
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB on Linux
-
-
-def device_name(device: torch.device) -> str:
-    """Name of the GPU, or the CPU with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu, {torch.get_num_threads()} threads, {processor()}"
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    try:
-        facts = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        facts = []
-    models = (fact.partition(":")[2].strip() for fact in facts if fact.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that shape a result, those of plug-ins that were used included."""
-    packages = ("torch", "timm", "accelerate", "datasets", "safetensors")
-    ours = {"python": platform.python_version(), "mgd": mgd.__version__}  # mgd may be run without being installed
-    return ours | {name: importlib.metadata.version(name) for name in packages} | plugin_packages()

@@ -24,6 +24,7 @@ from mgd.data.loaders import StepSampler, training_loader  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import build_method, build_networks  # noqa: E402
 from mgd.files import write_json  # noqa: E402
+from mgd.machine import device_name, processor  # noqa: E402
 from mgd.markdown import markdown  # noqa: E402
 from mgd.models.saved import model_section  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
@@ -31,7 +32,6 @@ from mgd.models.trial import check_trainable  # noqa: E402
 from mgd.needed import trained_teachers  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.run_images import training_pairs  # noqa: E402
-from mgd.runs import device_name, processor  # noqa: E402
 from mgd.sections import ModelSection  # noqa: E402
 
 FLAGS = {

@@ -12,7 +12,8 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.cache import cached_targets, compare  # noqa: E402
+from mgd.cache import cached_targets  # noqa: E402
+from mgd.cache_compare import compare  # noqa: E402
 from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.methods.mgd import TermsSection  # noqa: E402

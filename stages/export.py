@@ -25,11 +25,11 @@ from mgd.export import samples  # noqa: E402
 from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Target  # noqa: E402
 from mgd.export.verify import verified_export  # noqa: E402
 from mgd.files import write_json  # noqa: E402
+from mgd.machine import device_name, versions  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
 from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 from mgd.registry import EXPORTERS  # noqa: E402
-from mgd.runs import device_name, versions  # noqa: E402
 
 MOST = 16384
 """Pixels a side."""

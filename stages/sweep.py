@@ -26,9 +26,10 @@ from typing import Any, NamedTuple  # noqa: E402
 from mgd import cli  # noqa: E402
 from mgd.checks import finished  # noqa: E402
 from mgd.errors import Busy, Stopped, UserError  # noqa: E402
+from mgd.locks import is_held  # noqa: E402
 from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.runs import finished_metrics, is_held  # noqa: E402
+from mgd.runs import finished_metrics  # noqa: E402
 from mgd.tables import tidy  # noqa: E402
 
 STAGES = Path(__file__).resolve().parent

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from torch.utils.data import default_collate
 
-from mgd.cache import cached_targets, compare
+from mgd.cache import cached_targets
+from mgd.cache_compare import compare
 from mgd.checks import check_recipe
 from mgd.data.targets import CachedTargets, shard_path
 from mgd.data.transforms import View

@@ -439,7 +439,7 @@ def test_a_folder_is_written_by_one_process_at_a_time(write_recipe, tmp_path):
     recipe = load(write_recipe())
     ready, child = tmp_path / "ready", tmp_path / "child.py"
     child.write_text(
-        "import pathlib, sys, time\nfrom mgd.runs import hold\n"
+        "import pathlib, sys, time\nfrom mgd.locks import hold\n"
         f"with hold(pathlib.Path({str(recipe.run_dir)!r})):\n"
         f"    pathlib.Path({str(ready)!r}).touch()\n    time.sleep(60)\n"
     )

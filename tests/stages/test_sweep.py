@@ -13,9 +13,9 @@ import time
 import pytest
 from conftest import call_stage, run_stage, stage_command, steps_done
 
+from mgd.locks import hold, is_held
 from mgd.needed import folders_of
 from mgd.recipe import load
-from mgd.runs import hold, is_held
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_a_stage_that_finds_another_at_its_run_is_started_again(cells, tmp_path,
 def test_a_launcher_that_hides_the_status_does_not_make_a_cell_fail(cells, tmp_path, capsys):
     """As Accelerate's and torchrun do: 75 becomes 1."""
     folder, launcher, tried = tmp_path / "runs" / "alone-s0", tmp_path / "launcher", tmp_path / "tried"
-    imports = "from pathlib import Path\nfrom time import sleep\nfrom mgd.runs import hold\n"
+    imports = "from pathlib import Path\nfrom time import sleep\nfrom mgd.locks import hold\n"
     hold_it = f"with hold(Path({str(folder)!r})):\n    Path({str(tried)!r}).touch()\n    sleep(3)\n"
     (tmp_path / "holder.py").write_text(imports + hold_it)
     again = f"test -e {tried} && exit 1\n{sys.executable} {tmp_path / 'holder.py'} &\n"
