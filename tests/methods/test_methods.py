@@ -241,7 +241,10 @@ def test_mean_teacher_step_and_average(batch):
     for old, new, current in zip(before, method.average.parameters(), student.parameters(), strict=True):
         assert torch.allclose(new, 0.75 * old + 0.25 * current)
     assert MeanTeacherConfig().weight == 100.0 and CWDConfig(distill_from=("a",)).weight == 3.0
-    method.after_step(1000)
+    before = [p.clone() for p in method.average.parameters()]
+    method.after_step(1000)  # 1 - 1 / 1001 is past it
+    for old, new, current in zip(before, method.average.parameters(), student.parameters(), strict=True):
+        assert torch.allclose(new, 0.9 * old + 0.1 * current)
     assert method.deployed() is method.average and set(method.averages) == {"average"}
 
 
