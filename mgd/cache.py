@@ -12,7 +12,6 @@ from accelerate.utils import gather_object
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from mgd.data.images import Images, read_each
 from mgd.data.targets import (
@@ -32,6 +31,7 @@ from mgd.inference import views
 from mgd.locks import hold
 from mgd.models.segmenter import fingerprint
 from mgd.pictures import to_tensor
+from mgd.progress import progress_bar
 from mgd.recipe import Recipe
 from mgd.sections import TeacherCache
 
@@ -148,7 +148,7 @@ def _refuse_unfit(
 
 
 def _clear(folder: Path) -> None:
-    """Delete the files of a cache, all or none.
+    """Delete the files of a cache; none of them if something else lies in their place.
 
     Raises:
         UserError: something else lies in their place.
@@ -200,15 +200,15 @@ def _fill(
     kinds = {name: {*teacher["kinds"]} for name, teacher in manifest["teachers"].items()}
     networks = {name: teachers[name].to(accelerator.device).eval() for name in kinds}
     sought, ids, place = digest(manifest), manifest["ids"], {name: index for index, name in enumerate(images.ids)}
-    shards = {
-        number: range(number * IMAGES_PER_SHARD, min((number + 1) * IMAGES_PER_SHARD, len(ids)))
-        for number in missing[accelerator.process_index :: accelerator.num_processes]
+    lacking = {
+        number: range(number * IMAGES_PER_SHARD, min((number + 1) * IMAGES_PER_SHARD, len(ids))) for number in missing
     }
+    shards = {number: lacking[number] for number in missing[accelerator.process_index :: accelerator.num_processes]}
     order = [place[ids[index]] for shard in shards.values() for index in shard]
-    accelerator.print(f"{folder}: asking {', '.join(kinds)} about {len(order)} images", flush=True)
+    count = sum(map(len, lacking.values()))
+    accelerator.print(f"{folder}: asking {', '.join(kinds)} about {count} images", flush=True)
     decoded = read_each(images, order, _pixels, recipe.data.workers)
-    silent = None if accelerator.is_main_process else True  # None: shown on a terminal
-    bar = tqdm(total=len(order), desc=f"{folder.name}: teachers", unit="img", leave=False, disable=silent)
+    bar = progress_bar(accelerator.is_main_process, total=len(order), desc=f"{folder.name}: teachers", unit="img")
     with bar, accelerator.autocast(), torch.inference_mode():
         for number, shard in shards.items():
             tensors = {}

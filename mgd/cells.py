@@ -150,7 +150,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         cell = next((cell for cell in group if all(same_data(run.seen, one.seen) for one in cell.runs)), None)
         if cell is None:
             group.append(cell := Cell(label, run.recipe, cost, []))
-        twin = next((other.folder for other in cell.runs if other.metrics["seed"] == run.metrics["seed"]), None)
+        twin = next((other.folder for other in cell.runs if _seeds(other.recipe) == _seeds(run.recipe)), None)
         if twin is None:
             cell.runs.append(run)
         else:
@@ -164,6 +164,10 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     ordered = sorted(cells, key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
     return ordered, left_out
+
+
+def _seeds(recipe: Recipe) -> tuple[int, int]:
+    return recipe.run.seed, recipe.partition_seed
 
 
 def by_title(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

@@ -303,5 +303,6 @@ def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> Non
     if network.classes != tuple(classes):
         raise UserError(
             f"{title} knows the {len(network.classes)} classes {', '.join(network.classes)}; "
-            f"the data has the {len(classes)} classes {', '.join(classes)}; they must be the same"
+            f"the data has the {len(classes)} classes {', '.join(classes)}; they must be the same: "
+            "set [data] classes, or name another network"
         )

@@ -41,8 +41,13 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     flags.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of the recipe"
     )
-    flags.add_argument("--json", metavar="FILE", type=output_file, help="also write the last table as JSON")
+    json_flag(flags)
     return flags
+
+
+def json_flag(flags: argparse.ArgumentParser) -> None:
+    """Add --json, of every stage that prints a table."""
+    flags.add_argument("--json", metavar="FILE", type=output_file, help="also write the last table as JSON")
 
 
 def at_least(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -14,7 +14,7 @@ _IN_COMMON = (
 _NOT_SEEN = ("data.unlabeled", "partition.seed")
 
 
-class Supervised:
+class SupervisedRuns:
     """The supervised runs among some, by what a run that is measured against them has in common with them.
 
     Args:

@@ -144,9 +144,11 @@ class Guard:
         resumable = (self.folder.parent / "checkpoint").exists()
         kept = "; the last resume point is kept (--restart: anew)" if resumable else ""
         again = f", {self._in_a_row} times in a row" if self.action == "skip" else ""
+        mine = f"; images {', '.join(ids)}" if names else ""
+        skip = "" if self.action == "skip" else ', or set [optim] nonfinite = "skip"'
         raise UserError(
-            f"{what}{again}; images {', '.join(ids)}; batch and weights are in {self.folder}; lower [optim] lr or the "
-            f'weight of that term, or set [optim] nonfinite = "skip"{kept}'
+            f"{what}{again}{mine}; batch and weights are in {self.folder}; lower [optim] lr or the weight of that "
+            f"term{skip}{kept}"
         )
 
     def _write(self, step: int, names: list[str], batch: Mapping[str, Any]) -> None:

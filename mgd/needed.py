@@ -11,9 +11,8 @@ from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import FREE_KEYS, Recipe, load
-from mgd.runs import recipe_differences, with_places
-from mgd.sections import Partition
-from mgd.unseen import find_partition
+from mgd.runs import find_partition, recipe_differences, with_places
+from mgd.sections import Eval, Partition
 
 # Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
@@ -96,7 +95,8 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
     if other.method_class.uses_unlabeled:
         agree.append(("data", "unlabeled"))
     if is_baseline:
-        agree += [("data", "crop"), ("eval", "mode")]
+        agree += [("data", "crop")]
+        agree += [("eval", key) for key in Eval.model_fields if f"eval.{key}" not in FREE_KEYS]
         agree += [("student", key) for key in type(recipe.student).model_fields]
         agree += [("optim", key) for key in ("steps", "epochs", "batch_size")]
     mine, theirs = with_places(recipe.to_dict()), with_places(other.to_dict())

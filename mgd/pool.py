@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 from mgd.data.images import Images, read_each
 from mgd.errors import UserError, one_line
 from mgd.inference import predict
 from mgd.models.segmenter import Segmenter, build_segmenter
 from mgd.pictures import rescale, to_tensor
+from mgd.progress import progress_bar
 from mgd.recipe import Recipe
 from mgd.selection import disagreement
 
@@ -100,17 +100,14 @@ def _of_each(
     """Return `compute` of the `pixels` (as batches of one) and the id of each image, each process its share."""
     places = range(accelerator.process_index, len(order), accelerator.num_processes)
     read = read_each(images, [order[place] for place in places], pixels, recipe.data.workers)
-    bar = tqdm(zip(places, read, strict=True), total=len(places), unit="img", leave=False, disable=_silent(accelerator))
+    pairs = zip(places, read, strict=True)
+    bar = progress_bar(accelerator.is_main_process, iterable=pairs, total=len(places), unit="img")
     found = []
     with torch.inference_mode():
         for place, seen in bar:
             batches = [one[None].to(accelerator.device) for one in seen]
             found.append((place, compute(batches, images.ids[order[place]])))
     return [value for _, value in sorted(gather_object(found), key=lambda pair: pair[0])]
-
-
-def _silent(accelerator: Accelerator) -> bool | None:
-    return None if accelerator.is_main_process else True  # None: shown on a terminal
 
 
 def _square(images: Images, index: int, side: int) -> list[Tensor]:

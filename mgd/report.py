@@ -9,14 +9,14 @@ from typing import Any
 from mgd.cells import Cell, by_title, spread
 from mgd.data.partitions import same_data
 from mgd.errors import some
-from mgd.gains import Supervised
+from mgd.gains import SupervisedRuns
 from mgd.metrics import few_images
 from mgd.runs import shaping_keys
 
 
 def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """Return a row a cell: what ran, our mean and spread, the recipe's reference and the difference."""
-    supervised = Supervised(run for cell in cells for run in cell.runs)
+    supervised = SupervisedRuns(run for cell in cells for run in cell.runs)
     rows = []
     for cell in cells:
         recipe, cost, of_runs = cell.recipe, cell.cost, [run.metrics for run in cell.runs]

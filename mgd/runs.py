@@ -32,6 +32,13 @@ class FinishedRun(NamedTuple):
     """What it was shown, if its `partition.json` is there."""
 
 
+def find_partition(model: str | Path) -> Path | None:
+    """Return `partition.json` of the run that a model folder belongs to (or is), or None of one without a run."""
+    folders = [Path(model), Path(model).resolve()]  # a run's model/ may be a link to elsewhere
+    folders += [folder.parent for folder in folders if folder.name in ("model", "best")]
+    return next((path for folder in folders if (path := folder / "partition.json").is_file()), None)
+
+
 def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     """Return metrics.json of a finished run of this very recipe, or None.
 

@@ -12,7 +12,6 @@ import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import nn
-from tqdm import tqdm
 
 from mgd.checkpoint import load_checkpoint, save_checkpoint
 from mgd.data.feed import Feed
@@ -24,6 +23,7 @@ from mgd.guard import Guard, StopSignals
 from mgd.methods.base import Method, bare
 from mgd.methods.contract import checked_output
 from mgd.optim import build_optimizer, poly_lr
+from mgd.progress import progress_bar
 from mgd.recipe import Recipe
 from mgd.runs import recipe_differences
 from mgd.sections import Optim
@@ -237,8 +237,7 @@ class StepLog:
         folder = recipe.run_dir
         self.path, self.batch_size, self.accelerator = folder / "metrics.jsonl", recipe.optim.batch_size, accelerator
         self.writes = accelerator.is_main_process
-        silent = None if self.writes else True  # None: shown on a terminal
-        self.bar = tqdm(total=num_steps, initial=start, desc=folder.name, unit="step", disable=silent, leave=False)
+        self.bar = progress_bar(self.writes, total=num_steps, initial=start, desc=folder.name, unit="step")
         open_tracker(recipe, accelerator, start)
         self.last_step, self.last_time = start, time.perf_counter()
         if self.writes:

@@ -17,14 +17,7 @@ from mgd.errors import UserError, some
 from mgd.files import read_json, write_json
 from mgd.metrics import Scores
 from mgd.recipe import Recipe, load
-from mgd.runs import UNLABELED, recipe_differences, with_places
-
-
-def find_partition(model: str | Path) -> Path | None:
-    """Return `partition.json` of the run that a model folder belongs to (or is), or None of one without a run."""
-    folders = [Path(model), Path(model).resolve()]  # a run's model/ may be a link to elsewhere
-    folders += [folder.parent for folder in folders if folder.name in ("model", "best")]
-    return next((path for folder in folders if (path := folder / "partition.json").is_file()), None)
+from mgd.runs import UNLABELED, find_partition, recipe_differences, with_places
 
 
 def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str], None]) -> datasets.Dataset:
@@ -78,7 +71,7 @@ def note_learned(model: str | Path, ids: Iterable[str], say: Callable[[str], Non
         run = read_manifest(path) if path else None
     except UserError:  # it is damaged, which is no reason not to score
         run = None
-    # Its own val images may have names of training images, in a folder of theirs; those were told apart before it.
+    # Its own val images may have names of training images, in a folder of theirs; the run itself looked at those.
     if run and (learned := sorted(set(run.labeled).intersection(names).difference(run.val or ()))):
         say(
             f"note: {len(learned)} of these {len(names)} images have the names of labelled training images of "

@@ -47,7 +47,7 @@ FLAGS = {
 
 
 def main() -> None:
-    """Count the networks that a recipe trains, and the teachers that it names."""
+    """Run one suite on a recipe, and print its table."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
     flags.add_argument("--suite", choices=FLAGS, default="costs", help="what is measured (costs)")
     flags.add_argument("--batch", type=cli.at_least(2), default=2, help="step: labelled images, at least 2")

@@ -32,9 +32,8 @@ def main() -> None:
     accelerator = cli.start(recipe)
 
     # ---- everything is checked before hours are spent ----
-    if not args.restart and (done := finished(recipe)):
-        accelerator.print(f"{recipe.run_dir}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
-        rows = [*filter(None, map(finished, needed.values())), done]
+    if not args.restart and finished(recipe):
+        rows = [*filter(None, map(finished, needed.values())), run_recipe(recipe, accelerator)]
         return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
     if args.no_train_teachers:
         refuse_untrained({name: other for name, other in needed.items() if name in recipe.teachers})

@@ -49,7 +49,7 @@ def main() -> None:
         type=cli.output_folder,
         help="write a palette PNG of class indices an image",
     )
-    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the table as JSON")
+    cli.json_flag(flags)
     args = flags.parse_args()
 
     folder = find_model(args.model)

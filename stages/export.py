@@ -81,13 +81,13 @@ def main() -> None:
     if args.images:
         tried, problems = samples.of_folder(args.images, model, args.samples)
         calibrated = tried
-        for problem in problems:
-            print(f"note: left out: {problem}")
     else:
         source = args.recipe or folder / "recipe.toml"
         if not Path(source).exists():
             raise UserError(f"{source} is not there; name the data with --recipe, or give a folder with --images")
-        tried, calibrated = samples.of_recipe(load(source, args.set), model, folder, args.samples)
+        tried, calibrated, problems = samples.of_recipe(load(source, args.set), model, folder, args.samples)
+    for problem in problems:
+        print(f"note: left out: {problem}")
 
     # ---- the file: made aside, and put in its place once it has shown itself good ----
     torch.set_num_threads(args.threads)

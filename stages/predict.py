@@ -23,7 +23,6 @@ import PIL.Image  # noqa: E402
 import torch  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from mgd import cli  # noqa: E402
 from mgd.errors import UserError, one_line  # noqa: E402
@@ -34,6 +33,7 @@ from mgd.models.segmenter import Segmenter, enlarge, fingerprint, load_segmenter
 from mgd.pictures import KINDS, colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
 from mgd.plots import overlay  # noqa: E402
 from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction  # noqa: E402
+from mgd.progress import progress_bar  # noqa: E402
 from mgd.recipe import load, parse_eval  # noqa: E402
 from mgd.sections import Eval  # noqa: E402
 
@@ -83,7 +83,7 @@ def main() -> None:
 
     unreadable, done = [], 0
     predict = functools.partial(_predict, model=model, section=section, crop=crop, kinds=args.save)
-    bar = tqdm(total=len(share), unit="img", leave=False, disable=None if accelerator.is_main_process else True)
+    bar = progress_bar(accelerator.is_main_process, total=len(share), unit="img")
     with bar, accelerator.autocast(), torch.inference_mode():
         for group in _batches(share, args.batch, unreadable):
             for one in _predicted(group, predict, unreadable):

@@ -21,7 +21,7 @@ from mgd.recipe import load  # noqa: E402
 
 
 def main() -> None:
-    """Read every image and every mask once; list what is wrong and print the counts."""
+    """List what is wrong with any image or mask, print the counts, and check the partition as a run does."""
     flags = cli.recipe_parser(__doc__.splitlines()[0])
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)

@@ -42,7 +42,7 @@ def main() -> None:
     flags.add_argument(
         "--samples", type=cli.at_least(0), default=4, metavar="N", help="val images in the picture; 0 = no picture"
     )
-    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
+    cli.json_flag(flags)
     args = flags.parse_args()
     cells, remarks = collect(args.runs)
     remarks = [f"left out: {line}" for line in remarks] + notes(cells)

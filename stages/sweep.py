@@ -62,7 +62,7 @@ def main() -> None:
         metavar="COMMAND",
         help='what starts a stage, e.g. "accelerate launch --num_processes 4"; left out, one process',
     )
-    flags.add_argument("--json", metavar="FILE", type=cli.output_file, help="also write the last table as JSON")
+    cli.json_flag(flags)
     args = flags.parse_args()
 
     jobs = read_jobs(args.recipes, args.seeds, args.set)

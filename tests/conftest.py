@@ -55,7 +55,7 @@ ONLINE = {
     },
     "pixel": {"teachers": ["deep", "wide"]},
     "image": {"teachers": ["deep"]},
-    "region": {"teachers": ["wide"]},
+    "region": {"teachers": ["wide"], "grid": 2},  # as many cells as features of stride 16 have in a crop of 32
 }
 
 

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import PIL.Image
 import torch
 
-from mgd.benchmarks.timing import alternate
+from mgd.benchmarks.timing import alternate, ratio_row
+from mgd.data.datasets import table
 from mgd.data.images import Images
 from mgd.data.loaders import LABELED, TrainingPairs
 from mgd.data.transforms import IGNORE_INDEX, MEAN_COLOR, LabelDecoder, View
@@ -83,9 +83,8 @@ def _row(section: DataSection, case: Case, num_images: int, repetitions: int) ->
                 pairs[position]
 
         seconds = alternate({"reference": reference, "ours": ours}, repetitions, torch.device("cpu"))
-    row = {name: 1000 * value / len(positions) for name, value in seconds.items()}
     name = f"data: {case.width}x{case.height} {case.kind} to {case.crop}, ms an image"
-    return {"name": name, **row, "ratio": row["reference"] / row["ours"]}
+    return ratio_row(name, **{name: 1000 * value / len(positions) for name, value in seconds.items()})
 
 
 def opencv() -> Any:
@@ -142,12 +141,10 @@ def write_case(
         _picture(case, rng).save(image, quality=95)
         _mask(case, min(num_classes, 19), rng).save(mask)
         files.append((image, mask))
-    columns = {"id": [str(index) for index in range(num_images)]}
-    columns |= {"image": [str(image) for image, _ in files], "label": [str(mask) for _, mask in files]}
-    kinds = {"id": datasets.Value("string"), "image": datasets.Image(), "label": datasets.Image()}
-    table = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    images, masks = zip(*((str(image), str(mask)) for image, mask in files), strict=True)
+    source = table([str(index) for index in range(num_images)], list(images), list(masks))
     section = section.model_copy(update={"crop": case.crop})
-    return TrainingPairs(Images(table, LabelDecoder(num_classes)), None, section, seed=0), files
+    return TrainingPairs(Images(source, LabelDecoder(num_classes)), None, section, seed=0), files
 
 
 def _picture(case: Case, rng: np.random.Generator) -> PIL.Image.Image:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from mgd.benchmarks.timing import alternate, ratio_row
 from mgd.complexity import model_costs
@@ -18,6 +17,7 @@ from mgd.export.base import Deployed, Int8, Target
 from mgd.export.onnx import OnnxExporter
 from mgd.export.verify import latency
 from mgd.models.segmenter import Segmenter, nameless_segmenter
+from mgd.progress import progress_bar
 from mgd.recipe import parse_model
 from mgd.sections import ModelSection
 
@@ -31,7 +31,7 @@ BACKBONES = (
     "starnet_s1",
     "resnet18d",
 )
-HEADS: dict[str, dict[str, Any]] = {
+COMPARED_HEADS: dict[str, dict[str, Any]] = {
     "dense, width 256": {"name": "deeplabv3plus", "channels": 256},
     "dense, width 48": {"name": "deeplabv3plus", "channels": 48, "low_level_channels": 24},
     "separable, width 128": {"name": "deeplabv3plus_separable"},
@@ -104,13 +104,13 @@ def students(
     """
     OnnxExporter().check()
     target, rows = Target(size, size), []
-    pairs = [(backbone, head) for backbone in backbones for head in HEADS]
+    pairs = [(backbone, head) for backbone in backbones for head in COMPARED_HEADS]
     sections, costs = {}, {}
     for backbone, head in pairs:  # all are counted before hours are spent on one that cannot be
-        table = {"backbone": backbone, "pretrained": False, "output_stride": 32, "head": HEADS[head]}
+        table = {"backbone": backbone, "pretrained": False, "output_stride": 32, "head": COMPARED_HEADS[head]}
         sections[backbone, head] = parse_model(table, source=f"--backbones {backbone}")
         costs[backbone, head] = model_costs(sections[backbone, head], num_classes, size)["total"]
-    for backbone, head in tqdm(pairs, leave=False, disable=None):
+    for backbone, head in progress_bar(True, iterable=pairs):
         section, cost = sections[backbone, head], costs[backbone, head]
         with tempfile.TemporaryDirectory() as folder:
             run = _runner(_network(section, num_classes), target, Path(folder) / "model.onnx", threads)

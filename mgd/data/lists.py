@@ -125,7 +125,10 @@ def match(entries: list[str], known: Collection[str], what: str, held_out: Colle
             f"{what}: {len(kept)} of {len(ids)} entries are validation images: {some(kept)}; take them off the list"
         )
     if lost:
-        raise UserError(f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {some(lost)}")
+        raise UserError(
+            f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {some(lost)}; take them off "
+            "the list, or mend [data] root"
+        )
     if len(set(ids)) < len(ids):
         twice = sorted({name for name in ids if ids.count(name) > 1})
         raise UserError(f"{what}: names {twice[0]} twice")

@@ -4,10 +4,10 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from mgd.data.images import Images, read_each
 from mgd.errors import UserError
+from mgd.progress import progress_bar
 
 
 class Findings(NamedTuple):
@@ -34,7 +34,7 @@ def scan(images: Images, with_label: bool, workers: int, title: str, rank: int =
     """
     share = range(rank, len(images), world_size)
     read = read_each(images, share, functools.partial(_look, with_label=with_label), workers)
-    bar = tqdm(read, total=len(share), desc=title, disable=None if rank == 0 else True, leave=False)
+    bar = progress_bar(rank == 0, iterable=read, total=len(share), desc=title)
     problems, pixels, sizes = {}, np.zeros(256, np.int64), set()
     for name, problem, counts, size in bar:
         if problem:

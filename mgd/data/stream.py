@@ -83,8 +83,16 @@ class Pool:
             A name for messages, {"bytes", "path"} of an image, and the place behind it.
 
         Raises:
-            UserError: the slot has nothing to read.
+            UserError: the slot has nothing to read, or a file of the pool cannot be read.
         """
+        try:
+            yield from self._read(slot, slots, seed, place)
+        except UserError:
+            raise
+        except Exception as error:  # of the many libraries that read a pool
+            raise _unreadable(self.section, error) from error
+
+    def _read(self, slot: int, slots: int, seed: int, place: Place) -> Iterator[tuple[str, dict, Place]]:
         source = self.source
         if source.num_shards < slots:
             source = source.reshard()
@@ -214,12 +222,7 @@ class StreamBatches(IterableDataset):
 
     def _next(self, images: Iterator, skipped: list[str]) -> tuple[str, PIL.Image.Image, Place]:
         while True:
-            try:
-                name, value, place = next(images)
-            except UserError:
-                raise
-            except Exception as error:  # of the many libraries that read a pool
-                raise _unreadable(self.pool.section, error) from error
+            name, value, place = next(images)
             try:
                 image = rescale(_decode(name, value), self.pairs.section.image_scale)
                 return name, image, place

@@ -15,8 +15,10 @@ from mgd.run_images import unlabeled_images
 from mgd.unseen import note_learned
 
 
-def of_recipe(recipe: Recipe, model: Segmenter, folder: Path, count: int) -> tuple[list[Sample], list[Sample]]:
-    """Return labelled val images, and images of the unlabelled pool.
+def of_recipe(
+    recipe: Recipe, model: Segmenter, folder: Path, count: int
+) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Return labelled val images, images of the unlabelled pool, and what is wrong with those that are left out.
 
     Args:
         recipe: its `[data]` and `[partition]`.
@@ -34,12 +36,12 @@ def of_recipe(recipe: Recipe, model: Segmenter, folder: Path, count: int) -> tup
     note_learned(folder, val.ids, print)
     pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"
-    tried, _ = _readable(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)
-    read, _ = _readable(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
+    tried, problems = _readable(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)
+    read, more = _readable(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
     for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(pool))):
         if not found:
             raise UserError(f"[data] none of {min(count, total)} {what} images can be read")
-    return tried, read
+    return tried, read, problems + more
 
 
 def _readable(

@@ -127,15 +127,20 @@ def judge(findings: Findings, is_int8: bool, max_drop: float) -> str | None:
         if findings.miou is not None:
             drop = findings.miou_network - findings.miou
             fits = drop <= max_drop  # not so of no number
-            return None if fits else f"it loses {drop:.2f} points of mIoU; at most {max_drop:g} are allowed"
+            return None if fits else f"it loses {drop:.2f} points of mIoU; at most {max_drop:g} may go (--max-drop)"
         if findings.agreement < INT8_AGREE_AT_LEAST:
-            return f"only {findings.agreement:.2f} % of the pixels keep their class; {INT8_AGREE_AT_LEAST} are wanted"
+            return (
+                f"only {findings.agreement:.2f} % of the pixels keep their class; {INT8_AGREE_AT_LEAST} are wanted; "
+                "leave out --int8, or let the mIoU of images with masks decide (a recipe, not --images)"
+            )
         return None
     if findings.agreement < AGREE_AT_LEAST:
         return f"only {findings.agreement:.2f} % of the pixels keep their class; {AGREE_AT_LEAST} are wanted"
-    # Of logits in the thousands float32 does not keep three decimals.
-    if findings.logits_off_by is not None and findings.logits_off_by > LOGITS_WITHIN * max(1.0, findings.logits_up_to):
-        return f"logits are off by {findings.logits_off_by:.2g}; at most {LOGITS_WITHIN} is allowed"
+    if findings.logits_off_by is not None:
+        # Of logits in the thousands float32 does not keep three decimals.
+        limit = LOGITS_WITHIN * max(1.0, findings.logits_up_to)
+        if findings.logits_off_by > limit:
+            return f"logits are off by {findings.logits_off_by:.2g}; at most {limit:.2g} is allowed"
     return None
 
 

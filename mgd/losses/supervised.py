@@ -26,8 +26,8 @@ def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Ten
 def class_weights(pixels: Tensor, exponent: float) -> Tensor:
     """Weights that let rare classes count more: (median frequency / frequency) ** exponent.
 
-    With an exponent of 1, median frequency balancing (Eigen and Fergus, ICCV 2015, 6.3.2), but for the frequencies,
-    which are those of all labelled pixels; as there, the median is that of the classes.
+    With an exponent of 1, median frequency balancing (Eigen and Fergus, ICCV 2015, 6.3.2), except that a frequency is
+    counted over all labelled pixels, there over the images that show the class; the median is that of the classes.
 
     Args:
         pixels: `[K]`, labelled pixels of each class; one that has none weighs 1, and is not in the median.

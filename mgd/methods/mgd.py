@@ -113,7 +113,7 @@ class MultiGranularity(Method):
         """Check that every term names teachers that exist; return the names of all that are used.
 
         Raises:
-            UserError: one does not, or there is nothing to weigh.
+            UserError: one does not, or pixel.class_balance has no pixel.teachers.
         """
         used: set[str] = set()
         for term in ("pixel", "image", "region"):
@@ -136,7 +136,7 @@ class MultiGranularity(Method):
             padded: they say nothing of padding, which does not count.
 
         Raises:
-            UserError: the student's features are coarser than the regions of L_R.
+            UserError: features, the student's or a teacher's, are coarser than the regions of L_R.
         """
         config = self.config
         labeled, mixed = output.logits.chunk(2)
@@ -160,6 +160,8 @@ class MultiGranularity(Method):
             loss = loss + config.image.weight * log["loss_image"]
         if config.region.teachers:
             _check_grid(features, config.region.grid, "the student")
+            for name in config.region.teachers:
+                _check_grid(seen[name].features, config.region.grid, f"the teacher {name}")
             log["loss_region"] = sum(
                 losses.region_level(features, seen[name].features, config.region.grid)
                 for name in config.region.teachers

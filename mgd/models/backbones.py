@@ -1,13 +1,12 @@
 """timm backbones by name, as feature extractors at a chosen output stride."""
 
 import difflib
-import textwrap
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from mgd.errors import UserError
+from mgd.errors import UserError, one_line
 
 LOW_LEVEL_STRIDE = 4
 
@@ -39,7 +38,7 @@ def build_backbone(
             raise
         raise UserError(
             f"[student] backbone = {name!r}: its ImageNet weights cannot be loaded "
-            f"({_first_line(error)}); go online once, point HF_HOME at a cache that has "
+            f"({one_line(error, 160)}); go online once, point HF_HOME at a cache that has "
             "them, or set pretrained = false"
         ) from error
     if multi_grid:
@@ -83,7 +82,7 @@ def _indices(name: str, output_stride: int) -> tuple[int, int]:
         other = "use output_stride = 32, or " if output_stride != 32 and _fits_at_32(name) else ""
         raise UserError(
             f"[student] backbone = {name!r} cannot return feature maps at output_stride = {output_stride} "
-            f"({_first_line(error)}); {other}choose another backbone"
+            f"({one_line(error, 160)}); {other}choose another backbone"
         ) from error
     if LOW_LEVEL_STRIDE not in reductions or reductions[-1] != output_stride:
         raise UserError(
@@ -112,8 +111,3 @@ def _apply_multi_grid(backbone: nn.Module, name: str, multi_grid: tuple[int, ...
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.stride == (1, 1):
                 conv.dilation = conv.padding = (dilation, dilation)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]  # timm asserts without a word
-    return textwrap.shorten(lines[0], 160, placeholder=" ...")

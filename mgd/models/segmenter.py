@@ -257,7 +257,7 @@ def check_finite(scores: Tensor) -> None:
         UserError: some are no number.
     """
     if not scores.isfinite().all():
-        raise UserError("the network gives values that are no number; its weights are of no use")
+        raise UserError("the network gives values that are no number; its weights are of no use, train it anew")
 
 
 def build_segmenter(

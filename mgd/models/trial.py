@@ -81,6 +81,7 @@ def _try(
         if whole is not None:  # a window is a crop, which has just been tried
             model.eval()(torch.empty(1, 3, *whole, device="meta"))
     except Exception as error:
+        _raise_if_meta(error)
         raise UserError(
             f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
             f'crops of {crop}x{crop}; set [eval] mode = "slide"'

@@ -10,13 +10,13 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 
 @pytest.mark.slow
 def test_students_are_listed_with_what_fits(monkeypatch):
-    heads = {name: inference.HEADS[name] for name in ("dense, width 256", "lraspp")}
-    monkeypatch.setattr(inference, "HEADS", heads)
+    heads = {name: inference.COMPARED_HEADS[name] for name in ("dense, width 256", "lraspp")}
+    monkeypatch.setattr(inference, "COMPARED_HEADS", heads)
     rows = inference.students(["test_resnet"], 21, 64, 1, target_ms=1e9, repetitions=3)
     assert [row["p50 ms"] for row in rows] == sorted(row["p50 ms"] for row in rows)
     cost = {row["head"]: row["GMACs"] for row in rows}
     assert cost["lraspp"] < cost["dense, width 256"] and all(row["fits"] for row in rows)
-    monkeypatch.setattr(inference, "HEADS", {"lraspp": heads["lraspp"]})
+    monkeypatch.setattr(inference, "COMPARED_HEADS", {"lraspp": heads["lraspp"]})
     assert not inference.students(["test_resnet"], 21, 64, 1, target_ms=0.0, repetitions=1)[0]["fits"]
     with pytest.raises(UserError, match="no such model"):
         inference.students(["mobilnet"], 21, 64, 1, 1.0, 1)
