@@ -87,11 +87,5 @@ def test_the_legend_names_every_class_beside_its_colour(network):
 
 
 def test_the_stage_says_in_one_line_what_is_missing(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\nfind = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'gradio' else find(name, *rest)\n"
-    )
-    done = run_stage("demo.py", "--model", tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert (done.returncode, done.stderr) == (2, "error: the demo needs gradio: pip install -e '.[demo]'\n")
     done = run_stage("demo.py", "--model", tmp_path / "nowhere")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no config.json there" in done.stderr

@@ -285,11 +285,13 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
         eval={"baselines": [str(tmp_path / "baseline.toml")]},
     )
     sets = ["run.seed=3", "run.checkpoint_every=7", "data.crop=40", "optim.lr=0.5", "method.ohem.threshold=0.5"]
-    sets.append("method.class_balance=0.5")
+    sets += ["method.class_balance=0.5", "run.log_every=3", "run.threads=2", "run.compile=true", "eval.flip=true"]
     deep, twin, baseline = needed_recipes(load(path, sets)).values()
     assert [recipe.run_dir.name for recipe in (deep, twin, baseline)] == ["deep-s3", "deep-s1003", "baseline-s3"]
     for recipe in (deep, twin, baseline):
         assert (recipe.partition_seed, recipe.run.checkpoint_every, recipe.data.crop) == (3, 7, 40)
+        assert (recipe.run.log_every, recipe.run.threads, recipe.run.compile) == (3, 2, True)
+    assert [recipe.eval.flip for recipe in (deep, baseline)] == [False, True]
     assert [recipe.optim.lr for recipe in (deep, baseline)] == [0.01, 0.5]
     assert [recipe.method.ohem.threshold for recipe in (deep, baseline)] == [0.7, 0.5]
     assert [recipe.method.class_balance for recipe in (deep, baseline)] == [0.0, 0.5]
@@ -299,6 +301,10 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
     deep, _, baseline = needed_recipes(load(path, [*sets, *outputs])).values()
     assert deep.run_dir == tmp_path / "\U0001f600" / "deep-s3"
     assert (baseline.run_dir.name, baseline.student.head.channels) == ("mine-baseline", 24)
+    with pytest.raises(UserError, match=r"baseline .*baseline.toml.* must agree in \[eval\] scales, but has \[0.5\]"):
+        write_recipe("baseline.toml", run={"name": "baseline-s{seed}"}, method=ohem, eval={"scales": [0.5]})
+        needed_recipes(load(path))
+    write_recipe("baseline.toml", run={"name": "baseline-s{seed}"}, method=ohem)
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
         write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
         needed_recipes(load(path))
@@ -422,7 +428,7 @@ def test_a_folder_of_another_recipe_is_not_touched(write_recipe):
     assert run_recipe(free, Accelerator())["miou"] == done["miou"]
 
 
-def test_a_student_is_no_teacher(write_recipe, tmp_path):
+def test_a_student_is_no_teacher(write_recipe, run_here):
     teacher = load(write_recipe(), ["run.name=teacher"])
     run_recipe(teacher, Accelerator())
     term = {"name": "mgd", "pixel": {"teachers": ["one"]}}
@@ -433,6 +439,10 @@ def test_a_student_is_no_teacher(write_recipe, tmp_path):
         again = load(write_recipe(method=term, teachers={"one": {"checkpoint": str(place)}}))
         with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = .* is itself a student of teachers"):
             refuse_students(again)
+    for stage, flags in (("distill.py", ["--recipe"]), ("sweep.py", []), ("cache_teachers.py", ["--recipe"])):
+        mode = "cached" if stage == "cache_teachers.py" else "online"
+        refused = run_here(stage, *flags, again.source, "--set", f"teachers.mode={mode}")
+        assert refused.returncode == 2 and "is itself a student of teachers" in refused.stderr, stage
 
 
 def test_a_folder_is_written_by_one_process_at_a_time(write_recipe, tmp_path):

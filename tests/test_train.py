@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from mgd.data.loaders import TrainingPairs
 from mgd.data.reading import load_splits, split_data
+from mgd.errors import UserError
 from mgd.experiment import build_networks, run_recipe
 from mgd.recipe import load
 from mgd.run_images import training_pairs
@@ -42,3 +46,9 @@ def test_a_run_is_plain_sgd_on_its_samples(write_recipe):
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
     rows = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_data_worker_that_is_killed_is_one_line(write_recipe, monkeypatch):
+    monkeypatch.setattr(TrainingPairs, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"a data worker died \(killed for memory\?\); the same command goes on"):
+        run_recipe(load(write_recipe(data={"workers": 1})), Accelerator())

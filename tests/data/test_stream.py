@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import re
 import tarfile
 
 import datasets
@@ -13,7 +14,7 @@ import pytest
 from accelerate import Accelerator
 from conftest import forget_data
 
-from mgd.checks import check_recipe
+from mgd.checks import check_recipe, finished
 from mgd.data.reading import split_data
 from mgd.data.stream import Place, Pool, scan_pool
 from mgd.errors import Stopped, UserError
@@ -207,7 +208,7 @@ def test_a_pool_that_is_no_stream_joins_the_unlabelled_images(write_recipe, tmp_
     assert drawn.unlabeled == (*pool, "train-000005", "train-000006") and len(drawn.labeled) == 4
 
 
-def test_rows_and_shards_without_an_image(write_recipe, tmp_path):
+def test_rows_and_shards_without_an_image(write_recipe, tmp_path, run_here):
     pool, features = tmp_path / "pool", datasets.Features({"picture": datasets.Image()})
     pool.mkdir()
     rows = [{"bytes": picture(number), "path": None} if number % 3 else None for number in range(12)]
@@ -215,19 +216,27 @@ def test_rows_and_shards_without_an_image(write_recipe, tmp_path):
     datasets.Dataset.from_dict({"picture": []}, features=features).to_parquet(pool / "b.parquet")
     (pool / ".hidden.parquet").write_bytes(b"junk")
     assert Pool(section(pool)).count == 12
-    assert scan_pool(Pool(section(pool)))[0] == 12
+    count, problems = scan_pool(Pool(section(pool)))
+    assert count == 12 and sorted(int(line.split("row ")[1].split()[0]) for line in problems) == [0, 3, 6, 9]
     with pytest.raises(UserError, match=r"image a\[1\].parquet row \d+ cannot be read: the table holds no image"):
         run_recipe(stream_recipe(write_recipe, tmp_path, "raise"), Accelerator())
     recipe = stream_recipe(write_recipe, tmp_path, "skip", on_error="skip")
     assert run_recipe(recipe, Accelerator())["skipped_images"] > 5
+    listed = run_here("prepare.py", "--recipe", recipe.source, "--set", "data.on_error=raise")
+    assert listed.returncode == 2 and len(listed.stderr.splitlines()) == 4
+    assert all("[data.unlabeled]: image a[1].parquet row" in line for line in listed.stderr.splitlines())
+    assert "| [data.unlabeled]    | 12    | 4 " in listed.stdout
 
 
-def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path):
+def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path, run_here):
     write_parquet(tmp_path / "pool", (20,))
     datasets.Dataset.from_dict({"number": list(range(50))}).to_parquet(tmp_path / "pool" / "x.parquet")
     for on_error in ("raise", "skip"):
         with pytest.raises(UserError, match=r"\[data.unlabeled\] .* cannot be read: .*; mend it, and run the same"):
             run_recipe(stream_recipe(write_recipe, tmp_path, on_error, on_error=on_error), Accelerator())
+    listed = run_here("prepare.py", "--recipe", stream_recipe(write_recipe, tmp_path, "prepare").source)
+    (line,) = listed.stderr.splitlines()
+    assert listed.returncode == 2 and re.search(r"\[data.unlabeled\] .* cannot be read: .*; mend it", line)
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -241,3 +250,11 @@ def test_a_pool_that_changes_under_an_unfinished_run_is_refused(write_recipe, tm
     with pytest.raises(UserError, match=r"the files of \[data.unlabeled\] have changed since this run began"):
         forget_data()
         run_recipe(recipe, Accelerator())
+    write_parquet(tmp_path / "pool", (20, 11))
+    forget_data()
+    run_recipe(recipe, Accelerator())
+    assert finished(recipe)
+    write_parquet(tmp_path / "pool", (20, 12))
+    forget_data()
+    with pytest.raises(UserError, match=r"was trained on other images .*another \[data.unlabeled\]"):
+        finished(recipe)

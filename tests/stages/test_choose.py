@@ -10,12 +10,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
+import torch
 from conftest import call_stage, forget_data, run_stage
 
 from mgd.data.candidates import Candidates
 from mgd.data.lists import read_list
 from mgd.data.partitions import split
 from mgd.models.segmenter import build_segmenter
+from mgd.pictures import to_tensor
 from mgd.recipe import load
 from mgd.sections import Partition
 
@@ -105,6 +107,44 @@ def test_random_is_the_draw_of_the_recipe(write_recipe, choose, tmp_path):
     assert more.startswith(less), "the first half of a draw is a draw"
 
 
+def described(network, rows):
+    """What a network's backbone sees in each image, squeezed into the training crop; of length 1."""
+    vectors = {}
+    for row in rows:
+        with torch.no_grad():
+            seen = network.describe(to_tensor(row["image"].convert("RGB").resize((32, 32)))[None])[0].double().numpy()
+        vectors[row["id"]] = seen / np.linalg.norm(seen)
+    return vectors
+
+
+def greedy(vectors, names, count, known=()):
+    """Pick, again and again, what makes the sum over `names` of the cosine to the nearest pick or known one largest."""
+    picked = []
+    for _ in range(count):
+        worth = {}
+        for name in [name for name in names if name not in picked]:
+            members = [vectors[other] for other in (*known, *picked, name)]
+            worth[name] = round(sum(max(float(vectors[other] @ member) for member in members) for other in names), 8)
+        picked.append(max(worth, key=worth.get))
+    return picked
+
+
+def test_coverage_is_of_what_the_model_sees_and_counts_what_is_labeled(write_recipe, choose, tmp_path):
+    recipe = write_recipe()
+    loaded = load(recipe)
+    splits = loaded.data.load()
+    network = build_segmenter(loaded.student, splits.classes, splits.colors, seed=5).eval()
+    network.save(tmp_path / "model")
+    vectors = described(network, splits.labeled)
+    assert choose(recipe, "alone", 4, "--model", tmp_path / "model")[0] == 0
+    assert (tmp_path / "alone" / "selected.txt").read_text().split() == greedy(vectors, TRAIN, 4)
+    assert choose(recipe, "first", 3, strategy="random")[0] == 0
+    labeled, rest = lists(tmp_path / "first")
+    assert choose(recipe, "more", 3, "--model", tmp_path / "model", *on_lists(tmp_path / "first"))[0] == 0
+    wanted = greedy(vectors, rest, 3, labeled)
+    assert (tmp_path / "more" / "selected.txt").read_text().split() == wanted != greedy(vectors, rest, 3)
+
+
 def test_coverage_is_repeatable_and_its_lists_train(write_recipe, choose, train, tmp_path):
     recipe = write_recipe()
     status, out, error = choose(recipe, "picks", 4, "--json", tmp_path / "row.json")
@@ -155,7 +195,8 @@ def test_disagreement_chooses_among_the_most_disputed(write_recipe, choose, tmp_
     assert status == 0, error
     assert set(lists(tmp_path / "one")[0]) < set(ranked[:4])
     assert choose(recipe.source, "two", 2, *options, tmp_path / "1")[0] == 0
-    assert set(lists(tmp_path / "two")[0]) < set(ranked[:8])
+    vectors = described(networks[0], splits.labeled)
+    assert (tmp_path / "two" / "selected.txt").read_text().split() == greedy(vectors, sorted(ranked[:8]), 2)
     status, _, error = choose(recipe.source, "other", 1, *options, tmp_path / "2")
     assert status == 2 and "they must be the same" in error
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shutil
@@ -6,10 +7,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import tomli_w
+import torch
 from accelerate import Accelerator
 from conftest import TINY, forget_data
 
 from mgd.experiment import run_recipe
+from mgd.models.segmenter import load_segmenter
+from mgd.pictures import to_tensor
 from mgd.recipe import load
 
 SIZES = [(48, 48), (32, 32), (20, 27), (61, 90)]  # the window is 32: more than one, one, less, no multiple
@@ -79,6 +83,17 @@ def test_window_sizes_and_absent_classes_against_the_saved_predictions(tmp_path,
     assert refused.returncode == 2 and "files that are no predictions of ours" in refused.stderr
     assert painted == {path: path.read_bytes() for path in (tmp_path / "val" / "masks").iterdir()}
     assert f"left out of the mean: {', '.join(absent)}" in scored.stdout
+    # Windows of 32 two thirds of it apart, the last of which ends with the image of 61 x 90: what was scored is theirs.
+    network, last = load_segmenter(tmp_path / "runs" / "tiny").eval(), PIL.Image.open(tmp_path / "val/images/3.png")
+    pixels, total, count = to_tensor(last)[None], torch.zeros(1, len(CLASSES), 61, 90), torch.zeros(61, 90)
+    with torch.no_grad():
+        for top, left in itertools.product((0, 21, 29), (0, 21, 43, 58)):
+            place = (..., slice(top, top + 32), slice(left, left + 32))
+            total[place] += network(pixels[place]).logits
+            count[place] += 1
+        whole = network(pixels).logits.argmax(dim=1)[0].numpy()
+    kept = np.asarray(PIL.Image.open(tmp_path / "out" / "3.png"))
+    assert np.array_equal(kept, (total / count).argmax(dim=1)[0].numpy()) and not np.array_equal(kept, whole)
 
 
 def test_images_that_a_run_learned_from_are_announced(tmp_path, run_here):
@@ -172,6 +187,7 @@ def test_masks_that_a_teacher_given_by_its_weights_learned_from_are_left_out(tmp
     student = folder_recipe(tmp_path, partition={"labeled": 1, "seed": 0}, method=method, teachers=teachers)
     trained = run_here("distill.py", "--recipe", student)
     assert trained.returncode == 0, trained.stderr
+    assert "note: [teachers.deep] learned from the labels of 3 of the validation images" in trained.stdout
     scored = run_here("evaluate.py", "--model", tmp_path / "runs" / "tiny", "--split", "unlabeled")
     assert scored.returncode == 0, scored.stderr
     assert "note: 2 images are left out, as [teachers.deep] learned from their masks" in scored.stdout

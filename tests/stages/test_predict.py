@@ -89,7 +89,7 @@ def test_a_network_that_says_nothing(tmp_path, model, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_windows_without_a_recipe(tmp_path, model, capsys):
+def test_windows_with_and_without_a_recipe(tmp_path, model, write_recipe, capsys):
     pixels = np.random.default_rng(0).integers(256, size=(96, 80, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(tmp_path / "a.png")
     kinds = ("--save", "probabilities")
@@ -108,6 +108,12 @@ def test_windows_without_a_recipe(tmp_path, model, capsys):
         expected = torch.nn.functional.interpolate(logits, size=(96, 80), mode="bilinear").softmax(dim=1)[0]
         assert torch.allclose(found[mode], expected, atol=2e-3)
     assert not torch.allclose(found["whole"], found["slide"], atol=2e-3)
+    shutil.copy(write_recipe(eval={"mode": "slide"}), model / "recipe.toml")  # of a run, whose [eval] says how
+    for output, overrides, mode in (("own", (), "slide"), ("other", ("--set", "eval.mode=whole"), "whole")):
+        arguments = ("--input", tmp_path / "a.png", "--output", tmp_path / output, *overrides, *kinds)
+        assert call_stage(capsys, "predict.py", "--model", model, *arguments)[0] == 0
+        shares = load_file(tmp_path / output / "probabilities" / "a.safetensors")["probabilities"].float()
+        assert shares.equal(found[mode])
 
 
 def test_a_prediction_that_was_cut_short_is_done_again(tmp_path, model, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """The main job as a user runs it: recipes in, a run folder out."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -134,3 +135,12 @@ def test_bad_input_is_one_line(write_recipe, tmp_path, run_here):
     assert done.returncode == 2 and done.stderr == "error: --target-ms does nothing for --suite data; leave it out\n"
     done = run_here("benchmark.py", "--recipe", write_recipe(), "--set", "optim.batch_size=1")
     assert done.returncode == 2 and done.stderr.startswith("error: [optim] batch_size leaves one image a process")
+
+
+def test_the_demo_says_what_it_needs(tmp_path, run_here, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "gradio" else find(name, *rest)
+    )
+    done = run_here("demo.py", "--model", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: the demo needs gradio: pip install -e '.[demo]'\n")

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -70,15 +69,13 @@ def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
     assert last[0].strip() == "alone-s1" and last[5].strip() == "-"
 
 
-def test_what_others_are_at_is_waited_for(cells, tmp_path, capsys):
+def test_what_others_are_at_is_waited_for(cells, tmp_path, capsys, monkeypatch):
     teacher, held = tmp_path / "runs" / "teacher-s0", contextlib.ExitStack()
     assert not is_held(teacher)
     held.enter_context(hold(teacher))
     assert is_held(teacher)
-    timer = threading.Timer(3, held.close)
-    timer.start()
+    monkeypatch.setattr(time, "sleep", lambda seconds: held.close())  # the other ends as soon as it is waited for
     status, out, err = call_stage(capsys, "sweep.py", *reversed(cells), "--launch", "false")
-    timer.join()
     assert status == 2 and "2 of 2 did not finish: under-s0, alone-s0" in err and not is_held(teacher)
     order = [line for line in out.splitlines() if line.startswith(("[", "waiting"))]
     assert "alone.toml" in order[0] and order[1].startswith("waiting: all of the 1 left") and "under.toml" in order[2]
