@@ -115,6 +115,7 @@ def new_accelerator(threads: int = 0) -> Accelerator:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(threads or max(1, available_cpus() // local_processes))
     datasets.disable_progress_bars()
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # our own error says what it cannot read
     logging.getLogger("timm").setLevel(logging.ERROR)  # it warns of the classifier that we do not want
     warnings.filterwarnings("ignore", message=".*pin_memory.*|This DataLoader will create")
     warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)  # large, yet within PIL's limit

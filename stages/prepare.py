@@ -25,6 +25,7 @@ def main() -> None:
     flags = cli.recipe_parser(__doc__.splitlines()[0])
     args = flags.parse_args()
     recipe = load(args.recipe, args.set)
+    accelerator = cli.start(recipe)
     splits = load_splits(recipe.data)
 
     problems, rows, pixels = [], [], {}
@@ -58,7 +59,7 @@ def main() -> None:
         raise UserError("\n".join(problems))
     for problem in problems:
         print(f"note: skipped: {problem}")
-    _, partition, _ = check_data(recipe, cli.start(recipe))
+    _, partition, _ = check_data(recipe, accelerator)
     print(
         f"partition: {len(partition.labeled)} labelled / {partition.unlabeled_text} unlabelled; nothing is wrong"
         + (" with the others" if problems else "")

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from accelerate import Accelerator
-from conftest import forget_data
+from conftest import forget_data, run_stage
 
 from mgd.checks import check_recipe, finished
 from mgd.data.reading import split_data
@@ -208,7 +208,7 @@ def test_a_pool_that_is_no_stream_joins_the_unlabelled_images(write_recipe, tmp_
     assert drawn.unlabeled == (*pool, "train-000005", "train-000006") and len(drawn.labeled) == 4
 
 
-def test_rows_and_shards_without_an_image(write_recipe, tmp_path, run_here):
+def test_rows_and_shards_without_an_image(write_recipe, tmp_path, run_here, capsys):
     pool, features = tmp_path / "pool", datasets.Features({"picture": datasets.Image()})
     pool.mkdir()
     rows = [{"bytes": picture(number), "path": None} if number % 3 else None for number in range(12)]
@@ -222,19 +222,20 @@ def test_rows_and_shards_without_an_image(write_recipe, tmp_path, run_here):
         run_recipe(stream_recipe(write_recipe, tmp_path, "raise"), Accelerator())
     recipe = stream_recipe(write_recipe, tmp_path, "skip", on_error="skip")
     assert run_recipe(recipe, Accelerator())["skipped_images"] > 5
+    capsys.readouterr()
     listed = run_here("prepare.py", "--recipe", recipe.source, "--set", "data.on_error=raise")
     assert listed.returncode == 2 and len(listed.stderr.splitlines()) == 4
     assert all("[data.unlabeled]: image a[1].parquet row" in line for line in listed.stderr.splitlines())
     assert "| [data.unlabeled]    | 12    | 4 " in listed.stdout
 
 
-def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path, run_here):
+def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path):
     write_parquet(tmp_path / "pool", (20,))
     datasets.Dataset.from_dict({"number": list(range(50))}).to_parquet(tmp_path / "pool" / "x.parquet")
     for on_error in ("raise", "skip"):
         with pytest.raises(UserError, match=r"\[data.unlabeled\] .* cannot be read: .*; mend it, and run the same"):
             run_recipe(stream_recipe(write_recipe, tmp_path, on_error, on_error=on_error), Accelerator())
-    listed = run_here("prepare.py", "--recipe", stream_recipe(write_recipe, tmp_path, "prepare").source)
+    listed = run_stage("prepare.py", "--recipe", stream_recipe(write_recipe, tmp_path, "prepare").source)
     (line,) = listed.stderr.splitlines()
     assert listed.returncode == 2 and re.search(r"\[data.unlabeled\] .* cannot be read: .*; mend it", line)
 
