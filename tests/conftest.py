@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same bits are promised on a CPU; hides CUDA devices only
 
+import json
 import runpy
 import signal
 import subprocess
@@ -147,6 +148,19 @@ def call_stage(capsys, stage: str, *args: object) -> tuple[int, str, str]:
 def run_here(capsys):
     """Run a stage like `run_stage`, but in this process: for tests that need no process of their own."""
     return lambda stage, *args: subprocess.CompletedProcess([stage, *args], *call_stage(capsys, stage, *args))
+
+
+def log_rows(folder: Path) -> list[dict]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def torchrun(processes: int, port: int) -> tuple[str, ...]:
+    """Return a launcher of several processes on one machine; tests with fixed ports are of the xdist group "ports"."""
+    return (
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
+        *("--master_port", str(port)),
+    )
 
 
 def steps_done(folder: Path) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, forget_data
+from conftest import ROOT, forget_data, log_rows
 
 from mgd.checks import check_recipe, finished
 from mgd.errors import Stopped, UserError
@@ -336,7 +336,7 @@ def test_class_balance_goes_by_the_labelled_masks(write_recipe, monkeypatch):
     for balance in (0.0, 1.0):
         recipe = load(write_recipe(), [f"method.class_balance={balance}", f"run.name=b{balance}"])
         run_recipe(recipe, Accelerator())
-        losses.append(json.loads((recipe.run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        losses.append(log_rows(recipe.run_dir)[0]["loss"])
     splits, partition = check_recipe(recipe, Accelerator())
     masks = [np.asarray(row["label"]) for row in splits.labeled if row["id"] in partition.labeled]
     counts = np.bincount(np.concatenate([mask.ravel() for mask in masks]), minlength=len(splits.classes))
@@ -501,10 +501,7 @@ def test_a_compiled_run_learns_the_same(write_recipe, tmp_path):
         torch._dynamo.utils.counters.clear()
         run_recipe(load(write_recipe(run={"compile": compiled, "name": f"c{compiled}"})), Accelerator())
         assert (torch._dynamo.utils.counters["frames"]["ok"] > 0) == compiled
-    plain, ours = (
-        [json.loads(line).get("loss") for line in (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("cFalse", "cTrue")
-    )
+    plain, ours = ([row.get("loss") for row in log_rows(tmp_path / "runs" / name)] for name in ("cFalse", "cTrue"))
     assert plain[:3] == pytest.approx(ours[:3], rel=1e-3)
 
 

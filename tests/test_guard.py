@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import log_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -64,7 +65,7 @@ def test_a_skipped_step_leaves_no_trace_and_is_counted(write_recipe, broken_at):
     splits = load_splits(recipe.data)
     fresh = build_segmenter(recipe.student, splits.classes, splits.colors, 0).state_dict()
     assert [key for key in trained if not trained[key].equal(fresh[key])] == []
-    rows = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = log_rows(recipe.run_dir)
     assert rows[0]["loss"] is None and rows[0]["loss_supervised"] > 0
     buffers = broken_at(1)
     recipe = load(write_recipe(), ["optim.nonfinite=skip", "optim.steps=4", "run.name=other"])

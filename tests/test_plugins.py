@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, TINY, Toy, merged
+from conftest import ROOT, TINY, Toy, log_rows, merged
 from plugin_package import install
 from safetensors.torch import load_file
 from torch import nn
@@ -71,7 +71,7 @@ def test_a_package_brings_one_of_each(segplus, write_recipe, tmp_path, monkeypat
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert states[0]["seen/count"] == 4
-    rows = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = log_rows(whole.run_dir)
     assert [row["seen"] for row in rows if "seen" in row] == [1, 2, 3, 4]
     assert rows[3]["loss_pull"] < rows[0]["loss_pull"]  # the layer learns
 
@@ -96,7 +96,7 @@ def test_the_method_of_the_readme_learns(write_recipe, monkeypatch, run_here):
     path = write_recipe(method={"name": "mine", "weight": 2.0}, teachers=teachers)
     done = run_here("distill.py", "--recipe", path)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (load(path).run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = log_rows(load(path).run_dir)
     first, last = rows[0], rows[-2]
     assert first["loss"] == pytest.approx(first["loss_supervised"] + 2 * first["loss_mine"], rel=1e-5)
     assert last["loss_mine"] < first["loss_mine"] and run["steps"] == 4

@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import tomli_w
 from accelerate import Accelerator
-from conftest import ROOT
+from conftest import ROOT, log_rows
 
 from mgd.cells import collect
 from mgd.data.images import Images
@@ -373,7 +373,7 @@ def test_report_stage_and_best_beside_last(write_recipe, tmp_path, run_here):
         )
         metrics = run_recipe(load(path), Accelerator())
         folder = tmp_path / "runs" / f"{name}-s0"
-        curve = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curve = log_rows(folder)
         scores = {row["step"]: row["val_miou"] for row in curve if "val_miou" in row}
         assert set(scores) == {1, 2, 3, 4} and scores[4] == metrics["miou"]
         assert metrics["best_on_val"]["miou"] == max(scores.values()) == scores[metrics["best_on_val"]["step"]]

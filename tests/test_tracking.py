@@ -9,7 +9,7 @@ import sys
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, get_available_trackers
-from conftest import run_stage
+from conftest import log_rows, run_stage
 
 from mgd import tracking
 from mgd.errors import Stopped, UserError
@@ -27,7 +27,7 @@ def needs(name):
 
 def logged(folder):
     """What metrics.jsonl holds: value by key and step."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = log_rows(folder)
     return {(key, row["step"]): value for row in rows for key, value in row.items() if key != "step"}
 
 

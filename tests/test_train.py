@@ -1,10 +1,10 @@
-import json
 import os
 import signal
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import log_rows
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -44,7 +44,7 @@ def test_a_run_is_plain_sgd_on_its_samples(write_recipe):
     found = load_file(recipe.run_dir / "model" / "model.safetensors")
     for name, value in network.state_dict().items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
-    rows = [json.loads(line) for line in (recipe.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = log_rows(recipe.run_dir)
     assert [row["loss"] for row in rows if "loss" in row] == pytest.approx(losses, rel=1e-4)
 
 

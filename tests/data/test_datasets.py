@@ -1,4 +1,3 @@
-import hashlib
 import shutil
 
 import numpy as np
@@ -21,10 +20,9 @@ def _save(path, array, **options):
 
 def test_shapes_are_a_function_of_seed_and_index():
     image, label = shapes.draw(0, 3, 64)
-    again, _ = shapes.draw(0, 3, 64)
-    assert image.shape == (64, 64, 3) and np.array_equal(image, again)
+    again, same_label = shapes.draw(0, 3, 64)
+    assert image.shape == (64, 64, 3) and np.array_equal(image, again) and np.array_equal(label, same_label)
     assert not np.array_equal(image, shapes.draw(1, 3, 64)[0]) and not np.array_equal(image, shapes.draw(0, 4, 64)[0])
-    assert hashlib.sha256(label.tobytes()).hexdigest()[:8] == hashlib.sha256(shapes.draw(0, 3, 64)[1]).hexdigest()[:8]
     seen = np.unique(np.concatenate([shapes.draw(0, index, 64)[1].ravel() for index in range(40)]))
     assert seen.tolist() == list(range(7)) and len(shapes.CLASSES) == 7
 

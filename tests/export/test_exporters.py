@@ -219,8 +219,3 @@ def test_pools_are_those_of_timm_and_torch(stride):
         for size in ((32, 33), (31, 34), (35, 36), (7, 5)):
             image = torch.randn(1, 3, *size)
             assert torch.allclose(ours(image), theirs(image), atol=1e-6)
-
-
-def test_unknown_format():
-    with pytest.raises(UserError, match="unknown format 'onx'; did you mean 'onnx'"):
-        EXPORTERS.get("onx")

@@ -1,15 +1,12 @@
 """The stage as a user starts it: one process or two, and the way out of each mistake."""
 
-import sys
-
 import pytest
-from conftest import run_stage
+from conftest import run_stage, torchrun
 
 from mgd.models.segmenter import build_segmenter
 from mgd.recipe import load
 
 TERMS = {"pixel": {"teachers": ["a"]}, "image": {"teachers": ["a"]}, "region": {"teachers": ["a"], "grid": 3}}
-TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541")
 
 
 def recipe_of(write_recipe, tmp_path, mode="cached"):
@@ -22,6 +19,7 @@ def recipe_of(write_recipe, tmp_path, mode="cached"):
     return write_recipe(teachers=teachers, method=method, data={"num_train": 70, "workers": 1}, **cache)
 
 
+@pytest.mark.xdist_group("ports")  # of fixed numbers
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(write_recipe, tmp_path):
     recipe = recipe_of(write_recipe, tmp_path)
@@ -30,7 +28,7 @@ def test_two_processes_write_what_one_does(write_recipe, tmp_path):
     assert "same class %" in done.stdout and "70 images, " in done.stdout and (tmp_path / "rows.json").exists()
     done = run_stage(
         *("cache_teachers.py", "--recipe", recipe, "--set", "cache.folder=two"),
-        launcher=TWO,
+        launcher=torchrun(2, 29541),
         env={"ACCELERATE_USE_CPU": "true"},
     )
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import tomllib
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import PIL.Image
 import pytest
 import tomli_w
 import torch
-from conftest import call_stage, forget_data, run_stage
+from conftest import call_stage, forget_data, run_stage, torchrun
 
 from mgd.data.candidates import Candidates
 from mgd.data.lists import read_list
@@ -236,9 +235,8 @@ def test_two_choices_at_once_do_not_mix(write_recipe, choose, tmp_path, monkeypa
 def test_two_processes_choose_as_one(write_recipe, choose, tmp_path, strategy):
     recipe = write_recipe()
     assert choose(recipe, "one", 5, strategy=strategy)[0] == 0
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547")
     arguments = ("--recipe", recipe, "--budget", 5, "--strategy", strategy, "--output", tmp_path / "two")
-    done = run_stage("choose.py", *arguments, launcher=launcher, env={"ACCELERATE_USE_CPU": "true"})
+    done = run_stage("choose.py", *arguments, launcher=torchrun(2, 29547), env={"ACCELERATE_USE_CPU": "true"})
     assert done.returncode == 0, done.stderr
     for name in ("selected.txt", "labeled.txt", "unlabeled.txt"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()

@@ -7,14 +7,14 @@ import subprocess
 import time
 
 import pytest
-from conftest import ONLINE, call_stage, run_stage, stage_command, steps_done
+from conftest import ONLINE, call_stage, log_rows, run_stage, stage_command, steps_done
 from safetensors.torch import load_file
 
 TIMES = {"seconds", "images_per_second", "peak_memory_mb", "name", "command"}
 
 
 def _rows(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = log_rows(folder)
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 

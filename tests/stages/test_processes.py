@@ -12,7 +12,7 @@ import datasets
 import PIL.Image
 import pytest
 import tomli_w
-from conftest import ONLINE, TINY, merged, run_stage, stage_command, steps_done
+from conftest import ONLINE, TINY, log_rows, merged, run_stage, stage_command, steps_done, torchrun
 from plugin_package import install
 from safetensors.torch import load_file
 
@@ -27,19 +27,9 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 pytestmark = pytest.mark.xdist_group("ports")  # of fixed numbers
 
 
-def torchrun(processes, port):
-    return (
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
-        *("--master_port", str(port)),
-    )
-
-
 def same_within_tolerance(first, second):
     """Losses to 2e-4 relative, weights to 1e-4, mIoU to 0.1 points: what the README promises."""
-    rows = [
-        {row["step"]: row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
-        for folder in (first, second)
-    ]
+    rows = [{row["step"]: row for row in log_rows(folder)} for folder in (first, second)]
     assert rows[0].keys() == rows[1].keys()
     for step, row in rows[0].items():
         for key in (key for key in row if key.startswith("loss")):

@@ -8,7 +8,7 @@ import sys
 
 import PIL.Image
 import pytest
-from conftest import ROOT, call_stage, run_stage
+from conftest import ROOT, call_stage, log_rows, run_stage
 
 RUN_FILES = {
     "recipe.toml",
@@ -31,10 +31,6 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--quiet")
 
 def _files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def _rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -81,9 +77,9 @@ def test_the_main_job(mgd_recipe, tmp_path, run_here):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["num_processes"] == 1 and metrics["steps"] == 4 and 0 <= metrics["miou"] <= 100
     assert len(metrics["iou"]) == 7 and metrics["versions"]["torch"] and metrics["peak_memory_mb"] > 0
-    steps = [row["step"] for row in _rows(run) if "loss" in row]
-    assert steps == [1, 2, 3, 4] and [row["step"] for row in _rows(run) if "val_miou" in row] == [2, 4]
-    assert {"loss_supervised", "loss_pixel_labeled", "loss_image", "loss_region", "lr"} <= set(_rows(run)[0])
+    steps = [row["step"] for row in log_rows(run) if "loss" in row]
+    assert steps == [1, 2, 3, 4] and [row["step"] for row in log_rows(run) if "val_miou" in row] == [2, 4]
+    assert {"loss_supervised", "loss_pixel_labeled", "loss_image", "loss_region", "lr"} <= set(log_rows(run)[0])
     manifests = [json.loads((tmp_path / "runs" / name / "partition.json").read_text()) for name in ("deep-s0", "mgd")]
     assert manifests[0]["labeled"] == manifests[1]["labeled"] and manifests[0]["num_unlabeled"] == 8
     with PIL.Image.open(run / "overlays.png") as picture:
