@@ -159,7 +159,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     if not cells:
         raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
     for cell in cells:
-        cell.runs.sort(key=lambda run: run.metrics["seed"])
+        cell.runs.sort(key=lambda run: _seeds(run.recipe))
     _name_places(cells)
     ordered = sorted(cells, key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
