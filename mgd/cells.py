@@ -150,23 +150,24 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         cell = next((cell for cell in group if all(same_data(run.seen, one.seen) for one in cell.runs)), None)
         if cell is None:
             group.append(cell := Cell(label, run.recipe, cost, []))
-        twin = next((other.folder for other in cell.runs if _seeds(other.recipe) == _seeds(run.recipe)), None)
+        twin = next((other.folder for other in cell.runs if seeds_of(other.recipe) == seeds_of(run.recipe)), None)
         if twin is None:
             cell.runs.append(run)
         else:
-            left_out.append(f"{folder}: the same recipe and seed as {twin}")
+            left_out.append(f"{folder}: the same recipe and seeds as {twin}")
     cells = [cell for group in alike.values() for cell in group]
     if not cells:
         raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
     for cell in cells:
-        cell.runs.sort(key=lambda run: _seeds(run.recipe))
+        cell.runs.sort(key=lambda run: seeds_of(run.recipe))
     _name_places(cells)
     ordered = sorted(cells, key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
     return ordered, left_out
 
 
-def _seeds(recipe: Recipe) -> tuple[int, int]:
+def seeds_of(recipe: Recipe) -> tuple[int, int]:
+    """Return the seed of a run, and that by which its labelled images were drawn."""
     return recipe.run.seed, recipe.partition_seed
 
 

@@ -304,5 +304,5 @@ def check_classes(classes: Sequence[str], network: nn.Module, title: str) -> Non
         raise UserError(
             f"{title} knows the {len(network.classes)} classes {', '.join(network.classes)}; "
             f"the data has the {len(classes)} classes {', '.join(classes)}; they must be the same: "
-            "set [data] classes, or name another network"
+            "name another network, or other [data]"
         )

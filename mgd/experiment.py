@@ -84,11 +84,16 @@ def run_recipe(
     """
     folder = recipe.run_dir
     if not restart and (done := finished(recipe)) is not None:
-        accelerator.print(f"{folder}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
-        return done
+        return say_finished(recipe, done, accelerator)
     splits, partition = check_recipe(recipe, accelerator, teachers)
     with hold(folder) if accelerator.is_main_process else contextlib.nullcontext(), tracked(accelerator):
         return _run(recipe, accelerator, teachers, restart, splits, partition)
+
+
+def say_finished(recipe: Recipe, done: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """Say that a run is finished; return `done`, what it has come to."""
+    accelerator.print(f"{recipe.run_dir}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
+    return done
 
 
 def _run(

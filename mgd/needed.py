@@ -29,7 +29,7 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
         Teachers by their name, baselines as "baseline FILE".
 
     Raises:
-        UserError: one of them sees other labels, or has teachers itself.
+        UserError: one of them sees other labels, is evaluated otherwise as a baseline, or has teachers itself.
     """
     wanted = {name: (given.recipe, given.seed_offset) for name, given in recipe.teachers.items() if given.recipe}
     wanted |= {f"baseline {path}": (path, 0) for path in recipe.eval.baselines}

@@ -6,11 +6,12 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mgd.cells import Cell, by_title, spread
+from mgd.cells import Cell, by_title, seeds_of, spread
 from mgd.data.partitions import same_data
 from mgd.errors import some
 from mgd.gains import SupervisedRuns
 from mgd.metrics import few_images
+from mgd.recipe import Recipe
 from mgd.runs import shaping_keys
 
 
@@ -41,7 +42,7 @@ def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "labeled": first["num_labeled"],
                 "unlabeled": first["num_unlabeled"],
                 "val_images": first["num_val"],
-                "seeds": " ".join(str(metrics["seed"]) for metrics in of_runs),
+                "seeds": " ".join(_seed(run.recipe) for run in cell.runs),
                 "miou": cell.mean,
                 "spread": cell.spread,
                 "miou_by_seed": " ".join(f"{miou:.2f}" for miou in cell.mious),
@@ -67,6 +68,12 @@ def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _of_all(found: Iterable[float | None]) -> list[float]:
     values = list(found)
     return [] if None in values else values
+
+
+def _seed(recipe: Recipe) -> str:
+    """Return the seed of a run; of another draw of the labelled images RUN/DRAW."""
+    seed, draw = seeds_of(recipe)
+    return str(seed) if draw == seed else f"{seed}/{draw}"
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; sp
 from mgd import cli  # noqa: E402
 from mgd.checks import check_recipe, finished  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import run_needed, run_recipe  # noqa: E402
+from mgd.experiment import run_needed, run_recipe, say_finished  # noqa: E402
 from mgd.needed import needed_recipes  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
@@ -26,12 +26,11 @@ def main() -> None:
         raise UserError(f"{args.recipe}: has [teachers]; its stage is stages/distill.py")
     baselines = needed_recipes(recipe)
     accelerator = cli.start(recipe)
-    if not args.restart and finished(recipe):
-        rows = [*filter(None, map(finished, baselines.values()))]
+    if not args.restart and (done := finished(recipe)):
+        rows = [*filter(None, map(finished, baselines.values())), say_finished(recipe, done, accelerator)]
     else:
         check_recipe(recipe, accelerator)
-        rows = run_needed(baselines, accelerator)
-    rows.append(run_recipe(recipe, accelerator, restart=args.restart))
+        rows = [*run_needed(baselines, accelerator), run_recipe(recipe, accelerator, restart=args.restart)]
     cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
@@ -161,6 +162,26 @@ def torchrun(processes: int, port: int) -> tuple[str, ...]:
         *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)),
         *("--master_port", str(port)),
     )
+
+
+def worth(vectors, members) -> float:
+    """What a set of images is worth to `mgd.selection.cover`, as its definition reads, over plain numbers."""
+    total = 0.0
+    for one in vectors:
+        cosines = [-1.0] + [float(one @ other / np.linalg.norm(one) / np.linalg.norm(other)) for other in members]
+        total += max(cosines)
+    return total
+
+
+def greedy(vectors, count: int, known=()) -> list[int]:
+    """Pick what adds the most, again and again; of equals the first."""
+    picked: list[int] = []
+    for _ in range(count):
+        members = [*known, *(vectors[index] for index in picked)]
+        left = [index for index in range(len(vectors)) if index not in picked]
+        reached = {index: round(worth(vectors, [*members, vectors[index]]), 8) for index in left}
+        picked.append(max(reached, key=reached.get))
+    return picked
 
 
 def steps_done(folder: Path) -> int:

@@ -256,9 +256,11 @@ def test_heads_that_return_something_else_are_refused(forward, expected, monkeyp
     for needs_data in (
         lambda self, low, high: (low[:, :4] * low.mean().item(), high),
         lambda self, low, high: (low[:, :4] + torch.zeros(1, device="cpu")[:, None], high),
+        lambda self, low, high: (low[:, :4] * (1.0 if self.training else low.mean().item()), high),
     ):
         monkeypatch.setattr(head, "forward", needs_data)
-        check_trainable(section, 4, 2, 64, False)  # cannot be tried, which is no mistake
+        check_trainable.cache_clear()
+        check_trainable(section, 4, 2, 64, False, (70, 80))  # cannot be tried, which is no mistake
     with pytest.raises(UserError, match="no such model"):
         check_trainable(section.model_copy(update={"backbone": "nothing"}), 4, 2, 64, False)
 

@@ -93,11 +93,11 @@ def test_runs_of_other_images_or_masks_are_not_averaged_nor_compared(fake_run, t
         assert (before["seeds"], before["miou"], before["gain"]) == ("0 1", 50.5, 10.0)
         assert any("not one set of images and masks: student" in line for line in notes(cells))
     keep_partition(mended)
-    assert "the same recipe and seed as" in collect([tmp_path / "runs", tmp_path / "mended"])[1][0]
+    assert "the same recipe and seeds as" in collect([tmp_path / "runs", tmp_path / "mended"])[1][0]
     drawn = fake_run("student", 0, 60.0, folder="drawn", partition={"seed": 1}, **kd)  # another draw is another run
     keep_partition(drawn)
     (cell,) = (cell for cell in collect([tmp_path / "runs", drawn])[0] if cell.label == "student")
-    assert cell.mious == [50.0, 60.0, 51.0]
+    assert cell.mious == [50.0, 60.0, 51.0] and result_rows([cell])[0]["seeds"] == "0 0/1 1"
     keep_partition(tmp_path / "runs" / "student-s1", labeled=["a", "c"])
     rows = {row["run"]: row for row in result_rows(collect([tmp_path / "runs"])[0])}
     assert rows["student"]["seeds"] == "0 1" and rows["student"]["gain"] is None, "seed 1 learned from other labels"

@@ -3,18 +3,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import greedy, worth
 
 from mgd.errors import UserError
 from mgd.selection import CANDIDATES_PER_PICK, cover, disagreement, most_uncertain
-
-
-def _worth(vectors, members):
-    """The objective as its definition reads, over lists of plain numbers."""
-    total = 0.0
-    for one in vectors:
-        cosines = [-1.0] + [float(one @ other / np.linalg.norm(one) / np.linalg.norm(other)) for other in members]
-        total += max(cosines)
-    return total
 
 
 @pytest.mark.parametrize("labeled", [0, 3])
@@ -22,13 +14,7 @@ def _worth(vectors, members):
 def test_each_pick_adds_the_most(seed, labeled):
     random = np.random.default_rng(seed)
     vectors, known = random.normal(size=(25, 4)), list(random.normal(size=(labeled, 4)))
-    chosen = []
-    for _ in range(8):
-        members = [*known, *(vectors[index] for index in chosen)]
-        worth = {
-            index: round(_worth(vectors, [*members, vectors[index]]), 8) for index in range(25) if index not in chosen
-        }
-        chosen.append(max(worth, key=worth.get))  # of equals the first
+    chosen = greedy(vectors, 8, known)
     found = cover(torch.from_numpy(vectors), 8, torch.from_numpy(np.array(known).reshape(-1, 4)))
     assert found == chosen
     assert cover(torch.from_numpy(vectors), 5, torch.from_numpy(np.array(known).reshape(-1, 4))) == chosen[:5]
@@ -36,9 +22,9 @@ def test_each_pick_adds_the_most(seed, labeled):
 
 def test_near_the_best_of_all_choices():
     vectors = np.random.default_rng(7).normal(size=(12, 3))
-    best = max(_worth(vectors, list(vectors[list(some)])) for some in itertools.combinations(range(12), 3))
-    worth = _worth(vectors, list(vectors[cover(torch.from_numpy(vectors), 3)]))
-    assert worth + 12 >= (1 - 1 / np.e) * (best + 12)  # counted from the empty choice, which is worth -1 an image
+    best = max(worth(vectors, list(vectors[list(some)])) for some in itertools.combinations(range(12), 3))
+    reached = worth(vectors, list(vectors[cover(torch.from_numpy(vectors), 3)]))
+    assert reached + 12 >= (1 - 1 / np.e) * (best + 12)  # counted from the empty choice, which is worth -1 an image
 
 
 def test_one_of_each_group_and_no_outlier_first():

@@ -141,8 +141,8 @@ def write_case(
         _picture(case, rng).save(image, quality=95)
         _mask(case, min(num_classes, 19), rng).save(mask)
         files.append((image, mask))
-    images, masks = zip(*((str(image), str(mask)) for image, mask in files), strict=True)
-    source = table([str(index) for index in range(num_images)], list(images), list(masks))
+    ids = [str(index) for index in range(num_images)]
+    source = table(ids, [str(image) for image, _ in files], [str(mask) for _, mask in files])
     section = section.model_copy(update={"crop": case.crop})
     return TrainingPairs(Images(source, LabelDecoder(num_classes)), None, section, seed=0), files
 

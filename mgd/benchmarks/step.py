@@ -69,9 +69,7 @@ def suite(
         network.compile(dynamic=False)
 
     steps = {"reference": (lambda: reference_step(plain_student, plain_teachers, recipe.method, batch), "fp32")}
-    # Of a recipe without a cache: the usual cells, or smaller ones where a crop would hold fewer than L_R has regions.
-    usual = min(TeacherCache().cell, recipe.data.crop // recipe.method.region.grid)
-    cell = recipe.cache.cell if recipe.cache else usual
+    cell = (recipe.cache or TeacherCache()).cell
     exact, remix = (recipe.method.model_copy(update={"remix": remix}) for remix in ("images", "predictions"))
     ours = {
         "exact": (MGD(exact, [student], frozen), batch),

@@ -126,8 +126,8 @@ def match(entries: list[str], known: Collection[str], what: str, held_out: Colle
         )
     if lost:
         raise UserError(
-            f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {some(lost)}; take them off "
-            "the list, or mend [data] root"
+            f"{what}: {len(lost)} of {len(ids)} entries are no training image of [data]: {some(lost)}; mend [data], "
+            "or the list"
         )
     if len(set(ids)) < len(ids):
         twice = sorted({name for name in ids if ids.count(name) > 1})

@@ -140,7 +140,7 @@ def judge(findings: Findings, is_int8: bool, max_drop: float) -> str | None:
         # Of logits in the thousands float32 does not keep three decimals.
         limit = LOGITS_WITHIN * max(1.0, findings.logits_up_to)
         if findings.logits_off_by > limit:
-            return f"logits are off by {findings.logits_off_by:.2g}; at most {limit:.2g} is allowed"
+            return f"logits are off by {findings.logits_off_by:.3g}; at most {limit:.3g} is allowed"
     return None
 
 

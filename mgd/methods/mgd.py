@@ -136,7 +136,7 @@ class MultiGranularity(Method):
             padded: they say nothing of padding, which does not count.
 
         Raises:
-            UserError: features, the student's or a teacher's, are coarser than the regions of L_R.
+            UserError: the student's features are coarser than the regions of L_R.
         """
         config = self.config
         labeled, mixed = output.logits.chunk(2)
@@ -159,9 +159,7 @@ class MultiGranularity(Method):
             )
             loss = loss + config.image.weight * log["loss_image"]
         if config.region.teachers:
-            _check_grid(features, config.region.grid, "the student")
-            for name in config.region.teachers:
-                _check_grid(seen[name].features, config.region.grid, f"the teacher {name}")
+            check_grid(features, config.region.grid, "the student")
             log["loss_region"] = sum(
                 losses.region_level(features, seen[name].features, config.region.grid)
                 for name in config.region.teachers
@@ -254,7 +252,7 @@ class MGD(MultiGranularity):
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
             if name in config.region.teachers:
                 features = _mixed(outputs, "features", mask)
-                _check_grid(features, config.region.grid, f"[teachers.{name}]")
+                check_grid(features, config.region.grid, f"[teachers.{name}]")
                 features = losses.pool_regions(features, config.region.grid)
         return TeacherTargets(labeled, unlabeled, logits, features)
 
@@ -286,8 +284,17 @@ def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weight
     return balance_processes(means, torch.stack(totals)).sum()
 
 
-def _check_grid(features: Tensor, grid: int, whose: str) -> None:
-    """Refuse features `[B, C, h, w]` of fewer cells than regions: some of these would be the same cells."""
+def check_grid(features: Tensor, grid: int, whose: str) -> None:
+    """Refuse features of fewer cells than regions: some of these would be the same cells.
+
+    Args:
+        features: `[B, C, h, w]`.
+        grid: regions a side.
+        whose: what to call their network.
+
+    Raises:
+        UserError: h or w is less than `grid`.
+    """
     if min(features.shape[-2:]) < grid:
         height, width = features.shape[-2:]
         raise UserError(

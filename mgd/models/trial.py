@@ -77,6 +77,12 @@ def _try(
             f"[student] backbone = {section.backbone!r} cannot train on {images} crops of {crop}x{crop}: "
             f"{one_line(error)}; choose another [data] crop or backbone"
         ) from error
+    idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    if idle and several_processes:
+        raise UserError(
+            f"[student] backbone = {section.backbone!r} has {len(idle)} parameters that its two feature maps do not "
+            f"use ({idle[0]}, ...), which cannot train on several processes; choose another backbone"
+        )
     try:
         if whole is not None:  # a window is a crop, which has just been tried
             model.eval()(torch.empty(1, 3, *whole, device="meta"))
@@ -86,12 +92,6 @@ def _try(
             f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
             f'crops of {crop}x{crop}; set [eval] mode = "slide"'
         ) from error
-    idle = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    if idle and several_processes:
-        raise UserError(
-            f"[student] backbone = {section.backbone!r} has {len(idle)} parameters that its two feature maps do not "
-            f"use ({idle[0]}, ...), which cannot train on several processes; choose another backbone"
-        )
 
 
 def _try_head(model: Segmenter, low: Tensor, high: Tensor) -> None:

@@ -82,6 +82,14 @@ def test_a_step_is_the_students_mgd_and_the_teachers_cps(batch, names):
         assert teacher.norm.num_batches_tracked == 4  # two passes here, two in the restatement
 
 
+def test_regions_finer_than_a_teachers_features_are_refused(batch):
+    coarse = Toy(2, 9)
+    coarse.body.stride = (4, 4)
+    with pytest.raises(UserError, match=r"grid = 5 is finer than the 4 x 4 cells .* of \[method.teachers.wide\]"):
+        config = config_of(("deep", "wide"), region=RegionTerm(teachers=("wide",), grid=5))
+        MGDOnline(config, [Toy(0), Toy(1, 8), coarse]).step(batch, 0)
+
+
 def test_teachers_learn_the_same_whatever_the_student_learns(batch):
     gradients = []
     for weight in (0.0, 1000.0):

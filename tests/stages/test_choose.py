@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import tomli_w
 import torch
-from conftest import call_stage, forget_data, run_stage, torchrun
+from conftest import call_stage, forget_data, greedy, run_stage, torchrun
 
 from mgd.data.candidates import Candidates
 from mgd.data.lists import read_list
@@ -107,25 +107,19 @@ def test_random_is_the_draw_of_the_recipe(write_recipe, choose, tmp_path):
 
 
 def described(network, rows):
-    """What a network's backbone sees in each image, squeezed into the training crop; of length 1."""
+    """What a network's backbone sees in each image, squeezed into the training crop."""
     vectors = {}
     for row in rows:
         with torch.no_grad():
-            seen = network.describe(to_tensor(row["image"].convert("RGB").resize((32, 32)))[None])[0].double().numpy()
-        vectors[row["id"]] = seen / np.linalg.norm(seen)
+            seen = network.describe(to_tensor(row["image"].convert("RGB").resize((32, 32)))[None])[0]
+        vectors[row["id"]] = seen.double().numpy()
     return vectors
 
 
-def greedy(vectors, names, count, known=()):
-    """Pick, again and again, what makes the sum over `names` of the cosine to the nearest pick or known one largest."""
-    picked = []
-    for _ in range(count):
-        worth = {}
-        for name in [name for name in names if name not in picked]:
-            members = [vectors[other] for other in (*known, *picked, name)]
-            worth[name] = round(sum(max(float(vectors[other] @ member) for member in members) for other in names), 8)
-        picked.append(max(worth, key=worth.get))
-    return picked
+def covering(vectors, names, count, known=()):
+    """The names that coverage chooses among some."""
+    places = greedy([vectors[name] for name in names], count, [vectors[name] for name in known])
+    return [names[place] for place in places]
 
 
 def test_coverage_is_of_what_the_model_sees_and_counts_what_is_labeled(write_recipe, choose, tmp_path):
@@ -136,12 +130,12 @@ def test_coverage_is_of_what_the_model_sees_and_counts_what_is_labeled(write_rec
     network.save(tmp_path / "model")
     vectors = described(network, splits.labeled)
     assert choose(recipe, "alone", 4, "--model", tmp_path / "model")[0] == 0
-    assert (tmp_path / "alone" / "selected.txt").read_text().split() == greedy(vectors, TRAIN, 4)
+    assert (tmp_path / "alone" / "selected.txt").read_text().split() == covering(vectors, TRAIN, 4)
     assert choose(recipe, "first", 3, strategy="random")[0] == 0
     labeled, rest = lists(tmp_path / "first")
     assert choose(recipe, "more", 3, "--model", tmp_path / "model", *on_lists(tmp_path / "first"))[0] == 0
-    wanted = greedy(vectors, rest, 3, labeled)
-    assert (tmp_path / "more" / "selected.txt").read_text().split() == wanted != greedy(vectors, rest, 3)
+    wanted = covering(vectors, rest, 3, labeled)
+    assert (tmp_path / "more" / "selected.txt").read_text().split() == wanted != covering(vectors, rest, 3)
 
 
 def test_coverage_is_repeatable_and_its_lists_train(write_recipe, choose, train, tmp_path):
@@ -195,7 +189,7 @@ def test_disagreement_chooses_among_the_most_disputed(write_recipe, choose, tmp_
     assert set(lists(tmp_path / "one")[0]) < set(ranked[:4])
     assert choose(recipe.source, "two", 2, *options, tmp_path / "1")[0] == 0
     vectors = described(networks[0], splits.labeled)
-    assert (tmp_path / "two" / "selected.txt").read_text().split() == greedy(vectors, sorted(ranked[:8]), 2)
+    assert (tmp_path / "two" / "selected.txt").read_text().split() == covering(vectors, sorted(ranked[:8]), 2)
     status, _, error = choose(recipe.source, "other", 1, *options, tmp_path / "2")
     assert status == 2 and "they must be the same" in error
 
