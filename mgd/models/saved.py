@@ -39,8 +39,7 @@ def find_model(source: str | Path, weights: bool = True, **download) -> Path:
         return Path(snapshot_download(text, allow_patterns=wanted, **download))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__}; a private one "
-            f"needs `hf auth login`){_beside(text)}"
+            f"{source}: neither a folder here nor a model that the hub gives us ({type(error).__name__}){_beside(text)}"
         ) from error
 
 
