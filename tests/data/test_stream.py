@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from accelerate import Accelerator
-from conftest import forget_data, run_stage
+from conftest import forget_data
 
 from mgd.checks import check_recipe, finished
 from mgd.data.reading import split_data
@@ -229,13 +229,14 @@ def test_rows_and_shards_without_an_image(write_recipe, tmp_path, run_here, caps
     assert "| [data.unlabeled]    | 12    | 4 " in listed.stdout
 
 
-def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path):
+def test_a_shard_of_another_kind_is_one_line(write_recipe, tmp_path, run_here, capsys):
     write_parquet(tmp_path / "pool", (20,))
     datasets.Dataset.from_dict({"number": list(range(50))}).to_parquet(tmp_path / "pool" / "x.parquet")
     for on_error in ("raise", "skip"):
         with pytest.raises(UserError, match=r"\[data.unlabeled\] .* cannot be read: .*; mend it, and run the same"):
             run_recipe(stream_recipe(write_recipe, tmp_path, on_error, on_error=on_error), Accelerator())
-    listed = run_stage("prepare.py", "--recipe", stream_recipe(write_recipe, tmp_path, "prepare").source)
+    capsys.readouterr()
+    listed = run_here("prepare.py", "--recipe", stream_recipe(write_recipe, tmp_path, "prepare").source)
     (line,) = listed.stderr.splitlines()
     assert listed.returncode == 2 and re.search(r"\[data.unlabeled\] .* cannot be read: .*; mend it", line)
 
