@@ -150,7 +150,7 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
         cell = next((cell for cell in group if all(same_data(run.seen, one.seen) for one in cell.runs)), None)
         if cell is None:
             group.append(cell := Cell(label, run.recipe, cost, []))
-        twin = next((other.folder for other in cell.runs if seeds_of(other.recipe) == seeds_of(run.recipe)), None)
+        twin = next((other.folder for other in cell.runs if other.recipe.seeds == run.recipe.seeds), None)
         if twin is None:
             cell.runs.append(run)
         else:
@@ -159,16 +159,11 @@ def collect(sources: Iterable[str | Path]) -> tuple[list[Cell], list[str]]:
     if not cells:
         raise UserError("no finished run in " + ", ".join(map(str, sources)) + "".join(f"\n{x}" for x in left_out))
     for cell in cells:
-        cell.runs.sort(key=lambda run: seeds_of(run.recipe))
+        cell.runs.sort(key=lambda run: run.recipe.seeds)
     _name_places(cells)
     ordered = sorted(cells, key=lambda cell: (cell.title, cell.recipe.student.backbone, cell.label))
     _tell_apart(ordered)
     return ordered, left_out
-
-
-def seeds_of(recipe: Recipe) -> tuple[int, int]:
-    """Return the seed of a run, and that by which its labelled images were drawn."""
-    return recipe.run.seed, recipe.partition_seed
 
 
 def by_title(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

@@ -84,14 +84,31 @@ def run_recipe(
     """
     folder = recipe.run_dir
     if not restart and (done := finished(recipe)) is not None:
-        return say_finished(recipe, done, accelerator)
+        return _say_finished(recipe, done, accelerator)
     splits, partition = check_recipe(recipe, accelerator, teachers)
     with hold(folder) if accelerator.is_main_process else contextlib.nullcontext(), tracked(accelerator):
         return _run(recipe, accelerator, teachers, restart, splits, partition)
 
 
-def say_finished(recipe: Recipe, done: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
-    """Say that a run is finished; return `done`, what it has come to."""
+def finished_rows(
+    recipe: Recipe, needed: Mapping[str, Recipe], accelerator: Accelerator
+) -> list[dict[str, Any]] | None:
+    """Return metrics.json of a finished run, after those of what it needs, as far as that is finished; or None.
+
+    Args:
+        recipe: of the run.
+        needed: recipes of its teachers and baselines.
+        accelerator: whose main process says so.
+
+    Raises:
+        UserError: see `finished`.
+    """
+    if (done := finished(recipe)) is None:
+        return None
+    return [*filter(None, map(finished, needed.values())), _say_finished(recipe, done, accelerator)]
+
+
+def _say_finished(recipe: Recipe, done: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     accelerator.print(f"{recipe.run_dir}: finished, mIoU {done['miou']:.2f}; --restart trains it anew")
     return done
 

@@ -61,7 +61,7 @@ def _common(run: FinishedRun) -> str:
         k: v for k, v in shaping_keys(run.recipe).items() if k.startswith(_IN_COMMON) and not k.startswith(_NOT_SEEN)
     }
     counts = (run.metrics["num_labeled"], run.metrics["num_val"])
-    return repr((sorted(keys.items()), run.recipe.run.seed, run.recipe.partition_seed, counts))
+    return repr((sorted(keys.items()), *run.recipe.seeds, counts))
 
 
 def _same_data(one: FinishedRun, other: FinishedRun) -> bool:

@@ -69,6 +69,11 @@ class Recipe:
         return self.run.seed if self.partition.seed is None else self.partition.seed
 
     @property
+    def seeds(self) -> tuple[int, int]:
+        """The seed of the run, and that which draws the labelled images: what tells runs of one recipe apart."""
+        return self.run.seed, self.partition_seed
+
+    @property
     def method_class(self) -> type:
         """The `Method` that `[method] name` names."""
         return METHODS.get(self.method.name)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mgd.cells import Cell, by_title, seeds_of, spread
+from mgd.cells import Cell, by_title, spread
 from mgd.data.partitions import same_data
 from mgd.errors import some
 from mgd.gains import SupervisedRuns
@@ -72,7 +72,7 @@ def _of_all(found: Iterable[float | None]) -> list[float]:
 
 def _seed(recipe: Recipe) -> str:
     """Return the seed of a run; of another draw of the labelled images RUN/DRAW."""
-    seed, draw = seeds_of(recipe)
+    seed, draw = recipe.seeds
     return str(seed) if draw == seed else f"{seed}/{draw}"
 
 

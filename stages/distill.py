@@ -11,9 +11,9 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_recipe, finished  # noqa: E402
+from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import run_needed, run_recipe, say_finished  # noqa: E402
+from mgd.experiment import finished_rows, run_needed, run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
 from mgd.needed import needed_recipes, note_other_data, refuse_students, refuse_untrained  # noqa: E402
 from mgd.recipe import load  # noqa: E402
@@ -32,8 +32,7 @@ def main() -> None:
     accelerator = cli.start(recipe)
 
     # ---- everything is checked before hours are spent ----
-    if not args.restart and (done := finished(recipe)):
-        rows = [*filter(None, map(finished, needed.values())), say_finished(recipe, done, accelerator)]
+    if not args.restart and (rows := finished_rows(recipe, needed, accelerator)):
         return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
     if args.no_train_teachers:
         refuse_untrained({name: other for name, other in needed.items() if name in recipe.teachers})

@@ -11,9 +11,9 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_recipe, finished  # noqa: E402
+from mgd.checks import check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import run_needed, run_recipe, say_finished  # noqa: E402
+from mgd.experiment import finished_rows, run_needed, run_recipe  # noqa: E402
 from mgd.needed import needed_recipes  # noqa: E402
 from mgd.recipe import load  # noqa: E402
 
@@ -26,9 +26,8 @@ def main() -> None:
         raise UserError(f"{args.recipe}: has [teachers]; its stage is stages/distill.py")
     baselines = needed_recipes(recipe)
     accelerator = cli.start(recipe)
-    if not args.restart and (done := finished(recipe)):
-        rows = [*filter(None, map(finished, baselines.values())), say_finished(recipe, done, accelerator)]
-    else:
+    rows = None if args.restart else finished_rows(recipe, baselines, accelerator)
+    if rows is None:
         check_recipe(recipe, accelerator)
         rows = [*run_needed(baselines, accelerator), run_recipe(recipe, accelerator, restart=args.restart)]
     cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)

@@ -27,8 +27,7 @@ def needs(name):
 
 def logged(folder):
     """What metrics.jsonl holds: value by key and step."""
-    rows = log_rows(folder)
-    return {(key, row["step"]): value for row in rows for key, value in row.items() if key != "step"}
+    return {(key, row["step"]): value for row in log_rows(folder) for key, value in row.items() if key != "step"}
 
 
 def on_tensorboard(folder):

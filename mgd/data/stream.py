@@ -5,6 +5,7 @@ its own shards, and shuffles one buffer of images after another. A place in the 
 four numbers, and a resumed run reads again no more than the shard and the buffer it was in.
 """
 
+import contextlib
 import glob
 import hashlib
 import re
@@ -52,7 +53,7 @@ class Pool:
     def __init__(self, section: UnlabeledSection) -> None:
         self.section, self.count = section, None
         name, files = _source(section)
-        try:
+        with _one_line_errors(section):
             if section.parquet:
                 rows = [pyarrow.parquet.read_metadata(path).num_rows for path in files]
                 self.count = sum(rows)
@@ -61,8 +62,6 @@ class Pool:
                     raise ValueError("its files hold no row")
             found = datasets.load_dataset(name, **_files_of(section, files), split=section.split, streaming=True)
             columns = list(found.features or next(iter(found.iter(1))))
-        except Exception as error:  # of the many libraries that read a pool
-            raise _unreadable(section, error) from error
         _check_column(section, columns)
         if found.info.splits and self.count is None and section.split in found.info.splits:
             self.count = found.info.splits[section.split].num_examples
@@ -85,12 +84,8 @@ class Pool:
         Raises:
             UserError: the slot has nothing to read, or a file of the pool cannot be read.
         """
-        try:
+        with _one_line_errors(self.section):
             yield from self._read(slot, slots, seed, place)
-        except UserError:
-            raise
-        except Exception as error:  # of the many libraries that read a pool
-            raise _unreadable(self.section, error) from error
 
     def _read(self, slot: int, slots: int, seed: int, place: Place) -> Iterator[tuple[str, dict, Place]]:
         source = self.source
@@ -242,16 +237,12 @@ def whole_pool(section: UnlabeledSection) -> datasets.Dataset:
         UserError: it cannot be loaded, or has no such column.
     """
     name, files = _source(section)
-    try:
+    with _one_line_errors(section):
         found = datasets.load_dataset(name, **_files_of(section, files), split=section.split)
         _check_column(section, found.column_names)
         found = found.select_columns([section.image_column])
         found = found if section.image_column == "image" else found.rename_column(section.image_column, "image")
         found = found.cast_column("image", datasets.Image())
-    except UserError:
-        raise
-    except Exception as error:  # of the many libraries that read a pool
-        raise _unreadable(section, error) from error
     return found.add_column("id", [f"pool/{index:08d}" for index in range(len(found))]).select_columns(["id", "image"])
 
 
@@ -275,9 +266,18 @@ def _check_column(section: UnlabeledSection, columns: list[str]) -> None:
         )
 
 
-def _unreadable(section: UnlabeledSection, error: Exception) -> UserError:
-    reason = one_line(error.__cause__ or error)
-    return UserError(f"[data.unlabeled] {section.location} cannot be read: {reason}; mend it, and run the same command")
+@contextlib.contextmanager
+def _one_line_errors(section: UnlabeledSection) -> Iterator[None]:
+    """Word whatever the many libraries that read a pool may raise as one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = one_line(error.__cause__ or error)
+        raise UserError(
+            f"[data.unlabeled] {section.location} cannot be read: {reason}; mend it, and run the same command"
+        ) from error
 
 
 def _source(section: UnlabeledSection) -> tuple[str, list[str]]:

@@ -123,24 +123,21 @@ def judge(findings: Findings, is_int8: bool, max_drop: float) -> str | None:
         is_int8: rounding may then change pixels, and the mIoU decides where there are labels.
         max_drop: points of mIoU that an int8 file may lose.
     """
+    if is_int8 and findings.miou is not None:
+        drop = findings.miou_network - findings.miou
+        fits = drop <= max_drop  # not so of no number
+        return None if fits else f"it loses {drop:.2f} points of mIoU; at most {max_drop:g} may go (--max-drop)"
+    least, instead = AGREE_AT_LEAST, ""
     if is_int8:
-        if findings.miou is not None:
-            drop = findings.miou_network - findings.miou
-            fits = drop <= max_drop  # not so of no number
-            return None if fits else f"it loses {drop:.2f} points of mIoU; at most {max_drop:g} may go (--max-drop)"
-        if findings.agreement < INT8_AGREE_AT_LEAST:
-            return (
-                f"only {findings.agreement:.2f} % of the pixels keep their class; {INT8_AGREE_AT_LEAST} are wanted; "
-                "leave out --int8, or let the mIoU of images with masks decide (a recipe, not --images)"
-            )
+        least = INT8_AGREE_AT_LEAST
+        instead = "; leave out --int8, or let the mIoU of images with masks decide (a recipe, not --images)"
+    if findings.agreement < least:
+        return f"only {findings.agreement:.2f} % of the pixels keep their class; {least} are wanted{instead}"
+    if is_int8 or findings.logits_off_by is None:
         return None
-    if findings.agreement < AGREE_AT_LEAST:
-        return f"only {findings.agreement:.2f} % of the pixels keep their class; {AGREE_AT_LEAST} are wanted"
-    if findings.logits_off_by is not None:
-        # Of logits in the thousands float32 does not keep three decimals.
-        limit = LOGITS_WITHIN * max(1.0, findings.logits_up_to)
-        if findings.logits_off_by > limit:
-            return f"logits are off by {findings.logits_off_by:.3g}; at most {limit:.3g} is allowed"
+    limit = LOGITS_WITHIN * max(1.0, findings.logits_up_to)  # in the thousands float32 keeps no three decimals
+    if findings.logits_off_by > limit:
+        return f"logits are off by {findings.logits_off_by:.3g}; at most {limit:.3g} is allowed"
     return None
 
 

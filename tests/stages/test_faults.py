@@ -14,8 +14,7 @@ TIMES = {"seconds", "images_per_second", "peak_memory_mb", "name", "command"}
 
 
 def _rows(folder):
-    rows = log_rows(folder)
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in log_rows(folder)]
 
 
 def same_run(first, second):
