@@ -152,7 +152,8 @@ class Folder(DataSection):
     classes: Annotated[tuple[str, ...], Field(min_length=2, max_length=255)]
     """Class names; mask value i is classes[i], 255 is ignored."""
     colors: tuple[Color, ...] = ()
-    """For colour-coded masks: one [r, g, b] a class. Left empty, masks hold class indices."""
+    """For colour-coded masks: one [r, g, b] a class, a grey value v being [v, v, v]. Left empty, masks hold class
+    indices. Pictures of predictions have these colours, unless all are grey."""
     ignore_color: Color | None = None
     """Colour of unlabelled pixels in colour-coded masks."""
     val_root: str | None = None
@@ -175,12 +176,13 @@ class Folder(DataSection):
         if self.val_root is not None:
             val = self._pairs(existing_folder(self.val_root, "[data] val_root"))
         pool = sorted(images.keys() - masks.keys() - held_out.keys())
+        grey = all(len(set(color)) == 1 for color in self.colors)
         return Splits(
             labeled=paired(images, masks),
             unlabeled=table(pool, [str(images[name]) for name in pool]),
             val=paired(*val),
             classes=self.classes,
-            colors=self.colors or default_colors(len(self.classes)),
+            colors=default_colors(len(self.classes)) if grey else self.colors,
             decoder=LabelDecoder(len(self.classes), colors=self.colors, ignore_color=self.ignore_color),
         )
 

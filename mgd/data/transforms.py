@@ -61,7 +61,8 @@ class LabelDecoder:
             which = f"value {values[0]} is" if len(values) == 1 else f"values {some(values)} are"
             raise UserError(
                 f"mask of {name}: {which} no class; the data set has "
-                f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore"
+                f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore; other grey "
+                "values in a folder of yours are [data] colors, 7 being [7, 7, 7]"
             )
         return label.astype(np.uint8, copy=False)
 

@@ -134,6 +134,22 @@ def test_folder_with_colours_and_a_val_folder(folder, tmp_path):
     assert set(np.unique(Images(splits.labeled, splits.decoder).read(0, True)[1])) == {0, 1}
 
 
+def test_folder_whose_masks_count_from_one(folder):
+    for path in (folder / "masks").iterdir():
+        values = np.asarray(PIL.Image.open(path)) + 1
+        values[0] = 0
+        _save(path, values)
+    section = Folder(
+        name="folder", root=str(folder), classes=("a", "b"), colors=((1, 1, 1), (2, 2, 2)), ignore_color=(0, 0, 0)
+    )
+    splits = section.load()
+    assert splits.colors == default_colors(2)  # two greys that no eye tells apart are no colours for a picture
+    images = Images(splits.labeled, splits.decoder)
+    _, label = images.read(0, True)
+    assert (label == np.array([255, 0, 1])[np.asarray(PIL.Image.open(folder / f"masks/{images.ids[0]}.png"))]).all()
+    assert set(np.unique(label)) == {0, 1, 255}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
