@@ -30,9 +30,7 @@ def save_checkpoint(
         optimizer: its tensors are stored beside the weights, its numbers in the header.
         progress: JSON values: step, seconds, the resolved recipe.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        tensors |= {f"{name}/{key}": value for key, value in module.state_dict().items()}
+    tensors = state_tensors(modules)
     state, numbers = optimizer.state_dict(), {}
     for index, values in state["state"].items():
         for key, value in values.items():
@@ -43,7 +41,7 @@ def save_checkpoint(
     header = {"format": FORMAT, "progress": dict(progress), "param_groups": state["param_groups"], "numbers": numbers}
     for leftover in [*folder.glob(f".*{FILE}*"), *folder.glob(".tmp*")]:
         leftover.unlink(missing_ok=True)  # of a process that was killed while writing
-    write_aside(folder / FILE, lambda path: save_file(_plain(tensors), path, metadata={"mgd": json.dumps(header)}))
+    write_aside(folder / FILE, lambda path: save_file(plain(tensors), path, metadata={"mgd": json.dumps(header)}))
 
 
 def load_checkpoint(
@@ -77,7 +75,14 @@ def load_checkpoint(
     return header["progress"]
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return what modules hold, as "module/key", in the form of `plain`."""
+    state = {f"{name}/{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    return plain(state)
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as safetensors writes them: on the CPU, contiguous, without gradients."""
     return {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
 
 

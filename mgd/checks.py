@@ -24,11 +24,11 @@ from mgd.data.stream import Pool, identity
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError, some
 from mgd.metrics import few_images
-from mgd.models.trial import check_trainable
+from mgd.models.trial import check_trainable, features_size
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
 from mgd.runs import finished_metrics, is_here
-from mgd.sections import DataSection
+from mgd.sections import DataSection, ModelSection
 from mgd.tracking import check_tracker
 
 
@@ -117,11 +117,27 @@ def _check_networks(
     images = local_batch * recipe.method_class.images_per_label
     for where, section in recipe.networks.items():
         try:
-            check_trainable(section, num_classes, images, recipe.data.crop, several_processes, whole)
-        except UserError as error:  # what builds networks knows them as [student]
-            named = str(error).replace("[student", f"[{where}")
-            raise UserError(f"{recipe.source}: {named}") from error  # it may be a teacher's, which nobody typed
+            check_trainable(where, section, num_classes, images, recipe.data.crop, several_processes, whole)
+        except UserError as error:
+            raise UserError(f"{recipe.source}: {error}") from error  # it may be a teacher's, which nobody typed
         whole = None
+    check_features(recipe, recipe.networks, num_classes)
+
+
+def check_features(recipe: Recipe, sections: Mapping[str, ModelSection], num_classes: int) -> None:
+    """Hold the features that networks have of a training crop against what the method asks of them.
+
+    Args:
+        recipe: its `[data] crop` and `[method]`.
+        sections: of networks, by their place in the recipe.
+        num_classes: K.
+
+    Raises:
+        UserError: they are too coarse.
+    """
+    for where, section in sections.items():
+        if size := features_size(section, num_classes, recipe.data.crop):
+            recipe.method_class.check_features(recipe.method, where, size)
 
 
 def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split, tuple[int, int]]:

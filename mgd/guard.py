@@ -4,7 +4,7 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mgd.checkpoint import plain, state_tensors
 from mgd.errors import Stopped, UserError
 from mgd.files import write_aside
 from mgd.methods.base import StepOutput
@@ -102,17 +103,20 @@ class Guard:
         Raises:
             UserError: the loss is not finite, and the recipe does not say to skip it.
         """
-        terms = {"loss": out.loss, **out.log, "gradient": self._gradient_norm()}
+        terms = {"loss": out.loss, **out.log}
         finite = torch.isfinite(torch.stack([term.detach().float() for term in terms.values()]))
-        mine = torch.stack([(~finite).sum(), torch.tensor(signal_number, device=finite.device)])
-        bad_anywhere, received = self.accelerator.gather(mine[None]).amax(dim=0).tolist()
-        if not bad_anywhere:
+        signals = torch.tensor(signal_number, device=finite.device)
+        mine = torch.stack([(~finite).sum(), (~torch.isfinite(self._gradient_norm())).long(), signals])
+        bad_terms, bad_gradient, received = self.accelerator.gather(mine[None]).amax(dim=0).tolist()
+        if not bad_terms and not bad_gradient:
             self._in_a_row = 0
             return True, received
         names = [name for name, good in zip(terms, finite.tolist(), strict=True) if not good]
+        if bad_gradient and (names or not bad_terms):  # all share it: it says nothing of a process whose terms are good
+            names.append("gradient")
         if names:
             self._write(step, names, batch)
-        self._skip_or_raise(step, names, batch)
+        self._skip_or_raise(step, names, batch, say=print if bad_terms else self.accelerator.print)
         return False, received
 
     def stop_if_asked(self, signal_number: int, message: str) -> None:
@@ -130,7 +134,7 @@ class Guard:
         parameters = (parameter for module in self.modules.values() for parameter in module.parameters())
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
-    def _skip_or_raise(self, step: int, names: list[str], batch: Mapping[str, Any]) -> None:
+    def _skip_or_raise(self, step: int, names: list[str], batch: Mapping[str, Any], say: Callable[..., None]) -> None:
         self.skipped += 1
         self._in_a_row += 1
         which = f"{', '.join(names)} is" if names else "the loss of another process is"
@@ -139,7 +143,8 @@ class Guard:
         if self.action == "skip" and self._in_a_row <= MAX_SKIPPED_IN_A_ROW:
             for buffer, kept in zip(self._buffers, self._kept, strict=True):
                 buffer.copy_(kept)
-            self.accelerator.print(f"note: {what}; the step is skipped, {self.skipped} so far", flush=True)
+            if names:
+                say(f"note: {what}; the step is skipped, {self.skipped} so far", flush=True)
             return
         resumable = (self.folder.parent / "checkpoint").exists()
         kept = "; the last resume point is kept (--restart: anew)" if resumable else ""
@@ -156,14 +161,10 @@ class Guard:
 
         Running statistics, if there are any, have seen the batch.
         """
-        tensors = {key: value.detach().cpu().contiguous() for key, value in batch.items() if isinstance(value, Tensor)}
+        tensors = plain({key: value for key, value in batch.items() if isinstance(value, Tensor)})
         ids = {key: [str(name) for name in value] for key, value in batch.items() if not isinstance(value, Tensor)}
         header = {"step": str(step), "terms": json.dumps(names), "ids": json.dumps(ids)}
         rank = self.accelerator.process_index
         write_aside(self.folder / f"batch_{rank}.safetensors", lambda path: save_file(tensors, path, metadata=header))
-        weights = {
-            f"{name}/{key}": value.detach().cpu().contiguous()
-            for name, module in self.modules.items()
-            for key, value in module.state_dict().items()
-        }
+        weights = state_tensors(self.modules)
         write_aside(self.folder / f"weights_{rank}.safetensors", lambda path: save_file(weights, path))

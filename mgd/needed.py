@@ -9,6 +9,7 @@ from torch import nn
 from mgd.checks import finished
 from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
+from mgd.models.saved import find_model
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import FREE_KEYS, Recipe, load
 from mgd.runs import find_partition, recipe_differences, with_places
@@ -129,14 +130,15 @@ def refuse_students(recipe: Recipe) -> None:
         UserError: naming the teacher and what it is.
     """
     for name, teacher in recipe.teachers.items():
-        folder = Path(teacher.checkpoint or "")
-        for path in (folder / "recipe.toml", folder / "model" / "recipe.toml"):
-            if teacher.checkpoint and path.is_file() and load(path).is_distilled:
-                raise UserError(
-                    f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
-                    "that was trained without (to distil from it on purpose, copy its model.safetensors and "
-                    "config.json alone to another folder)"
-                )
+        if teacher.checkpoint is None:
+            continue
+        path = find_model(teacher.checkpoint, weights=False) / "recipe.toml"
+        if path.is_file() and load(path).is_distilled:
+            raise UserError(
+                f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
+                "that was trained without (to distil from it on purpose, copy its model.safetensors and "
+                "config.json alone to another folder)"
+            )
 
 
 def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:

@@ -114,9 +114,9 @@ def _costs(recipe: Recipe, args: argparse.Namespace) -> None:
     """Print parameters and operations of all networks, and those of a training step."""
     num_classes, teachers = len(recipe.data.class_names()), _teachers(recipe)
     images = recipe.optim.batch_size * recipe.method_class.images_per_label
-    for section in recipe.networks.values():
+    for where, section in recipe.networks.items():
         bare = section.model_copy(update={"pretrained": False})
-        check_trainable(bare, num_classes, images, recipe.data.crop, several_processes=False)
+        check_trainable(where, bare, num_classes, images, recipe.data.crop, several_processes=False)
     rows = []
     for size in args.size or [recipe.data.crop]:
         for name, section in (recipe.networks | teachers).items():

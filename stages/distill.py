@@ -11,7 +11,7 @@ sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_recipe  # noqa: E402
+from mgd.checks import check_features, check_recipe  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import finished_rows, run_needed, run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
@@ -38,6 +38,11 @@ def main() -> None:
         refuse_untrained({name: other for name, other in needed.items() if name in recipe.teachers})
     given = {name: load_segmenter(t.checkpoint) for name, t in recipe.teachers.items() if t.checkpoint}
     splits, partition = check_recipe(recipe, accelerator, given)
+    of_teachers = {
+        f"teachers.{name}": needed[name].student if teacher.recipe else given[name].section
+        for name, teacher in recipe.teachers.items()
+    }
+    check_features(recipe, of_teachers, len(splits.classes))
     note_other_data(recipe, given, partition.labeled, splits.val["id"], accelerator.print)
 
     # ---- teachers and baselines, by their own recipes ----

@@ -80,12 +80,12 @@ def main() -> None:
         raise UserError("--images takes the place of a recipe's images; leave out --recipe and --set, or --images")
     if args.images:
         tried, problems = samples.of_folder(args.images, model, args.samples)
-        calibrated = tried
+        calibrated = tried if args.int8 else None
     else:
         source = args.recipe or folder / "recipe.toml"
         if not Path(source).exists():
             raise UserError(f"{source} is not there; name the data with --recipe, or give a folder with --images")
-        tried, calibrated, problems = samples.of_recipe(load(source, args.set), model, folder, args.samples)
+        tried, calibrated, problems = samples.of_recipe(load(source, args.set), model, folder, args.samples, args.int8)
     for problem in problems:
         print(f"note: left out: {problem}")
 
@@ -107,7 +107,7 @@ def main() -> None:
             target,
             Path(aside) / name,
             tried,
-            calibrated if args.int8 else None,
+            calibrated,
             args.max_drop,
             args.threads,
         )

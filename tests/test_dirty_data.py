@@ -241,14 +241,15 @@ def test_a_file_is_tried_on_what_can_be_read(recipe_of, folder, tmp_path):
     recipe = recipe_of(on_error="skip")
     colors = [(0, 0, 0), (9, 9, 9)]
     network = build_segmenter(recipe.student, CLASSES, colors, seed=0)
-    assert [len(part) for part in of_recipe(recipe, network, tmp_path, 20)] == [2, 3, 0]
+    assert [len(part) for part in of_recipe(recipe, network, tmp_path, 20, True)] == [2, 3, 0]
     for place in ("val/images/1.png", "unlabeled/2.png"):
         cut_short(folder / place, 0.5)
-    tried, calibrated, problems = of_recipe(recipe, network, tmp_path, 20)
+    tried, calibrated, problems = of_recipe(recipe, network, tmp_path, 20, True)
     assert [len(tried), len(calibrated), len(problems)] == [1, 2, 2]
     assert problems[0].startswith("image 1 cannot be read") and problems[1].startswith("image unlabeled/2 cannot be")
     with pytest.raises(UserError, match="image 1 cannot be read"):
-        of_recipe(recipe_of(on_error="raise"), network, tmp_path, 20)
+        of_recipe(recipe_of(on_error="raise"), network, tmp_path, 20, True)
+    assert of_recipe(recipe, network, tmp_path, 20, False)[1:] == (None, problems[:1]), "a pool that nobody asked for"
     cut_short(folder / "val/images/0.png", 0.5)
     with pytest.raises(UserError, match="none of 2 validation images can be read"):
-        of_recipe(recipe, network, tmp_path, 20)
+        of_recipe(recipe, network, tmp_path, 20, True)

@@ -10,6 +10,7 @@ import time
 import tomllib
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -18,7 +19,7 @@ import torch
 import torch._dynamo
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT, forget_data, log_rows
+from conftest import ONLINE, ROOT, forget_data, log_rows
 
 from mgd.checks import check_recipe, finished
 from mgd.errors import Stopped, UserError
@@ -59,6 +60,29 @@ def test_a_network_of_a_teachers_recipe_is_named_with_it(write_recipe, run_here)
 def test_all_labelled_distils_on_the_labelled_images(write_recipe):
     metrics = run_recipe(load(write_recipe(method={"name": "cps"}), ["partition.labeled=1.0"]), Accelerator())
     assert (metrics["num_labeled"], metrics["num_unlabeled"]) == (12, 0)
+
+
+@pytest.mark.parametrize("coarse", ["student", "teachers.one"])
+def test_regions_finer_than_features_are_refused_before_a_teacher_is_trained(write_recipe, run_here, tmp_path, coarse):
+    teacher = write_recipe("teacher.toml", run={"name": "teacher"})
+    student = write_recipe(
+        method={"name": "mgd", "region": {"teachers": ["one"], "grid": 3}}, teachers={"one": {"recipe": str(teacher)}}
+    )
+    path = student if coarse == "student" else teacher
+    table = tomllib.loads(path.read_text())
+    table["student"]["head"] = {"name": "lraspp"}  # its features are of stride 16: 2 x 2 of a crop of 32
+    path.write_text(tomli_w.dumps(table))
+    refused = run_here("distill.py", "--recipe", student)
+    assert refused.returncode == 2 and f"finer than the 2 x 2 cells of the features of [{coarse}]" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    assert run_here("distill.py", "--recipe", student, "--set", "method.region.grid=2").returncode == 0
+
+
+def test_regions_finer_than_features_of_teachers_that_train_along(write_recipe, run_here, tmp_path):
+    path = write_recipe(method=ONLINE)
+    refused = run_here("teacher_cps.py", "--recipe", path, "--set", "method.region.grid=3")
+    assert refused.returncode == 2 and "the features of [method.teachers.wide]" in refused.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_one_image_a_forward_pass_is_refused(write_recipe):
@@ -428,7 +452,7 @@ def test_a_folder_of_another_recipe_is_not_touched(write_recipe):
     assert run_recipe(free, Accelerator())["miou"] == done["miou"]
 
 
-def test_a_student_is_no_teacher(write_recipe, run_here):
+def test_a_student_is_no_teacher(write_recipe, run_here, monkeypatch):
     teacher = load(write_recipe(), ["run.name=teacher"])
     run_recipe(teacher, Accelerator())
     term = {"name": "mgd", "pixel": {"teachers": ["one"]}}
@@ -439,6 +463,9 @@ def test_a_student_is_no_teacher(write_recipe, run_here):
         again = load(write_recipe(method=term, teachers={"one": {"checkpoint": str(place)}}))
         with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = .* is itself a student of teachers"):
             refuse_students(again)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: student.run_dir / "model")
+    with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = 'org/name' is itself a student of teachers"):
+        refuse_students(load(write_recipe(method=term, teachers={"one": {"checkpoint": "org/name"}})))
     for stage, flags in (("distill.py", ["--recipe"]), ("sweep.py", []), ("cache_teachers.py", ["--recipe"])):
         mode = "cached" if stage == "cache_teachers.py" else "online"
         refused = run_here(stage, *flags, again.source, "--set", f"teachers.mode={mode}")

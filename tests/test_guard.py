@@ -7,10 +7,12 @@ from accelerate import Accelerator
 from conftest import log_rows
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from mgd.data.reading import load_splits
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
+from mgd.guard import Guard
 from mgd.methods.base import StepOutput
 from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter
@@ -74,6 +76,43 @@ def test_a_skipped_step_leaves_no_trace_and_is_counted(write_recipe, broken_at):
     assert all(value.isfinite().all() for value in trained.values())
     same = [all(map(torch.equal, first, second)) for first, second in itertools.pairwise(buffers)]
     assert same == [False, True, False], "step 1 has left its batch statistics, or has undone those of step 0"
+
+
+class Pair(Accelerator):
+    """An accelerator that meets, at each exchange, what another process has seen."""
+
+    others = torch.zeros(1, 3, dtype=torch.long)
+
+    def gather(self, mine):
+        return torch.cat([mine, self.others])
+
+
+@pytest.mark.parametrize("action", ["raise", "skip"])
+def test_of_several_processes_the_one_with_the_bad_loss_is_named(tmp_path, capsys, action):
+    """Gradients are averaged before the guard sees them, so that all processes have one that is not finite."""
+    network, accelerator = nn.Linear(2, 1), Pair()
+    network.weight.grad, network.bias.grad = torch.full((1, 2), torch.inf), torch.zeros(1)
+    batch = {"id": ["a", "b"], "image": torch.zeros(2)}
+    said = []
+    for term, others in ((1.0, [2, 1, 0]), (torch.inf, [0, 1, 0]), (1.0, [0, 1, 0])):
+        accelerator.others = torch.tensor([others])
+        guard = Guard(action, tmp_path / str(len(said)) / "run", {"network0": network}, accelerator)
+        out = StepOutput(torch.tensor(term), {"loss_pixel": torch.tensor(term)})
+        try:
+            guard.before()
+            assert guard.look(6, out, batch, 0) == (False, 0)
+            said.append(capsys.readouterr().out)
+        except UserError as error:
+            said.append(str(error))
+        assert guard.folder.exists() == (len(said) > 1)
+    healthy, bad, of_all = said
+    assert "images a, b" not in healthy and "gradient" not in healthy
+    assert "loss, loss_pixel, gradient is not finite at step 7" in bad
+    assert ": gradient is not finite at step 7" in of_all
+    if action == "raise":
+        assert "the loss of another process is not finite" in healthy and "images a, b" in bad and "images a" in of_all
+    else:
+        assert healthy == "", "the other process says it"
 
 
 def test_skipping_does_not_go_on_for_ever(write_recipe, broken_at):

@@ -24,6 +24,7 @@ from mgd.experiment import run_recipe
 from mgd.hub import open_run, write_folder
 from mgd.methods.base import Method, MethodSection, StepOutput
 from mgd.methods.contract import check_parts, checked_output
+from mgd.models import trial
 from mgd.models.trial import check_trainable
 from mgd.recipe import load
 from mgd.registry import DATASETS, EXPORTERS, HEADS, METHODS, Registry
@@ -252,17 +253,17 @@ def test_heads_that_return_something_else_are_refused(forward, expected, monkeyp
     model = type("Model", (ModelSection,), {"__annotations__": {"head": HeadConfig}})
     section = model(backbone="test_resnet", pretrained=False, output_stride=16, head=HeadConfig())
     with pytest.raises(UserError, match=rf"\[student.head\] name = 'mine' .*{expected}"):
-        check_trainable(section, 4, 2, 64, False)
+        check_trainable("student", section, 4, 2, 64, False)
     for needs_data in (
         lambda self, low, high: (low[:, :4] * low.mean().item(), high),
         lambda self, low, high: (low[:, :4] + torch.zeros(1, device="cpu")[:, None], high),
         lambda self, low, high: (low[:, :4] * (1.0 if self.training else low.mean().item()), high),
     ):
         monkeypatch.setattr(head, "forward", needs_data)
-        check_trainable.cache_clear()
-        check_trainable(section, 4, 2, 64, False, (70, 80))  # cannot be tried, which is no mistake
+        trial._check.cache_clear()
+        check_trainable("student", section, 4, 2, 64, False, (70, 80))  # cannot be tried, which is no mistake
     with pytest.raises(UserError, match="no such model"):
-        check_trainable(section.model_copy(update={"backbone": "nothing"}), 4, 2, 64, False)
+        check_trainable("student", section.model_copy(update={"backbone": "nothing"}), 4, 2, 64, False)
 
 
 def _renamed(splits, name, ids):

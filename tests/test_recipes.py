@@ -177,7 +177,7 @@ def test_networks_build_and_their_weights_exist(path):
     recipe = load(path)
     for section in recipe.networks.values():
         bare, classes = section.model_copy(update={"pretrained": False}), recipe.data.class_names()
-        check_trainable(bare, len(classes), 2, recipe.data.crop, several_processes=True)
+        check_trainable("student", bare, len(classes), 2, recipe.data.crop, several_processes=True)
         assert not section.pretrained or timm.models.is_model_pretrained(section.backbone)
 
 

@@ -16,8 +16,8 @@ from mgd.unseen import note_learned
 
 
 def of_recipe(
-    recipe: Recipe, model: Segmenter, folder: Path, count: int
-) -> tuple[list[Sample], list[Sample], list[str]]:
+    recipe: Recipe, model: Segmenter, folder: Path, count: int, calibrates: bool
+) -> tuple[list[Sample], list[Sample] | None, list[str]]:
     """Return labelled val images, images of the unlabelled pool, and what is wrong with those that are left out.
 
     Args:
@@ -25,6 +25,7 @@ def of_recipe(
         model: whose classes the data must have.
         folder: of the model; if its run learned from the val images by name, that is said.
         count: of each, at most; spread evenly.
+        calibrates: whether the images of the pool are needed; else there is None in their place.
 
     Raises:
         UserError: the data is not there, or has other classes.
@@ -34,14 +35,17 @@ def of_recipe(
     partition = split_data(recipe.data, recipe.partition, recipe.partition_seed)
     val = Images(splits.val, splits.decoder, model.image_scale)
     note_learned(folder, val.ids, print)
-    pool = unlabeled_images(splits, partition, model.image_scale)
     skips = recipe.data.on_error == "skip"
     tried, problems = _readable(len(val), count, lambda index: Sample(*evaluation_item(val, index)[1:]), skips)
-    read, more = _readable(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
-    for found, what, total in ((tried, "validation", len(val)), (read, "unlabelled", len(pool))):
-        if not found:
-            raise UserError(f"[data] none of {min(count, total)} {what} images can be read")
-    return tried, read, problems + more
+    if not tried:
+        raise UserError(f"[data] none of {min(count, len(val))} validation images can be read")
+    if not calibrates:
+        return tried, None, problems
+    pool = unlabeled_images(splits, partition, model.image_scale)
+    calibrated, more = _readable(len(pool), count, lambda index: Sample(to_tensor(pool.picture(index))), skips)
+    if not calibrated:
+        raise UserError(f"[data] none of {min(count, len(pool))} unlabelled images can be read")
+    return tried, calibrated, problems + more
 
 
 def _readable(

@@ -110,6 +110,19 @@ class Method:
         return [("student", student)] * cls.num_networks
 
     @classmethod
+    def check_features(cls, config: MethodSection, where: str, size: tuple[int, int]) -> None:
+        """Check the features that a network has of a training crop; nothing is asked of them, by most methods.
+
+        Args:
+            config: the recipe's `[method]`.
+            where: the network's place in the recipe: "student", "teachers.deep", ...
+            size: height and width of the features, pixels.
+
+        Raises:
+            UserError: they are too coarse.
+        """
+
+    @classmethod
     def check_cached(cls, config: MethodSection, crop: int, cell: int) -> None:
         """Check whether the method can learn from cached teachers.
 

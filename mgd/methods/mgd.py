@@ -124,6 +124,22 @@ class MultiGranularity(Method):
             raise UserError("pixel.class_balance does nothing without pixel.teachers; name some, or leave it out")
         return used
 
+    @classmethod
+    def check_features(cls, config: TermsSection, where: str, size: tuple[int, int]) -> None:
+        """Check that the features of the student, and of teachers that L_R names, are as fine as its regions.
+
+        Raises:
+            UserError: they are coarser: some regions would be the same cells.
+        """
+        of_term = {"student"} if config.region.teachers else set()
+        of_term |= {f"{table}.{name}" for table in ("teachers", "method.teachers") for name in config.region.teachers}
+        grid, (height, width) = config.region.grid, size
+        if where in of_term and min(size) < grid:
+            raise UserError(
+                f"[method.region] grid = {grid} is finer than the {width} x {height} cells of the features of "
+                f"[{where}]; make it smaller, [data] crop larger, or choose a head with finer features"
+            )
+
     def student_loss(
         self, output: NamedTuple, label: Tensor, seen: Mapping[str, TeacherTargets], padded: bool
     ) -> StepOutput:
@@ -159,7 +175,7 @@ class MultiGranularity(Method):
             )
             loss = loss + config.image.weight * log["loss_image"]
         if config.region.teachers:
-            check_grid(features, config.region.grid, "the student")
+            self.check_features(config, "student", features.shape[-2:])
             log["loss_region"] = sum(
                 losses.region_level(features, seen[name].features, config.region.grid)
                 for name in config.region.teachers
@@ -252,7 +268,7 @@ class MGD(MultiGranularity):
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
             if name in config.region.teachers:
                 features = _mixed(outputs, "features", mask)
-                check_grid(features, config.region.grid, f"[teachers.{name}]")
+                self.check_features(config, f"teachers.{name}", features.shape[-2:])
                 features = losses.pool_regions(features, config.region.grid)
         return TeacherTargets(labeled, unlabeled, logits, features)
 
@@ -282,25 +298,6 @@ def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weight
         totals = [supervised.total_weight(target, IGNORE_INDEX, weights) for target in targets]
         means = supervised.cross_entropies(logits, targets, IGNORE_INDEX, weights)
     return balance_processes(means, torch.stack(totals)).sum()
-
-
-def check_grid(features: Tensor, grid: int, whose: str) -> None:
-    """Refuse features of fewer cells than regions: some of these would be the same cells.
-
-    Args:
-        features: `[B, C, h, w]`.
-        grid: regions a side.
-        whose: what to call their network.
-
-    Raises:
-        UserError: h or w is less than `grid`.
-    """
-    if min(features.shape[-2:]) < grid:
-        height, width = features.shape[-2:]
-        raise UserError(
-            f"[method.region] grid = {grid} is finer than the {width} x {height} cells of the features of {whose}; "
-            "make it smaller, [data] crop larger, or choose a head with finer features"
-        )
 
 
 def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> TeacherTargets:

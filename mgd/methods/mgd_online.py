@@ -9,7 +9,7 @@ from mgd.errors import UserError
 from mgd.losses import supervised
 from mgd.methods.base import Batch, StepOutput, Weight
 from mgd.methods.cps import pseudo_labels
-from mgd.methods.mgd import MultiGranularity, TeacherTargets, TermsSection, check_grid
+from mgd.methods.mgd import MultiGranularity, TeacherTargets, TermsSection
 from mgd.registry import METHODS
 from mgd.sections import ModelSection, Networks
 
@@ -70,8 +70,7 @@ class MGDOnline(MultiGranularity):
         loss_supervised, loss_cps, seen = 0.0, 0.0, {}
         for index, (name, teacher) in enumerate(zip(self.config.teachers, teachers, strict=True)):
             logits, features = teacher(image)
-            if name in self.config.region.teachers:
-                check_grid(features, self.config.region.grid, f"[method.teachers.{name}]")
+            self.check_features(self.config, f"method.teachers.{name}", features.shape[-2:])
             labeled, mixed = logits.chunk(2)
             loss_supervised = loss_supervised + self.labeled_loss(labeled, batch["label"])
             loss_cps = loss_cps + supervised.cross_entropy(mixed, found[(index + 1) % len(found)])

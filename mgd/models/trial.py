@@ -12,8 +12,8 @@ from mgd.models.segmenter import Segmenter, nameless_segmenter
 from mgd.sections import ModelSection
 
 
-@functools.lru_cache(maxsize=32)  # teachers and students of one recipe are often checked twice
 def check_trainable(
+    where: str,
     section: ModelSection,
     num_classes: int,
     images: int,
@@ -24,7 +24,8 @@ def check_trainable(
     """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
 
     Args:
-        section: the recipe's `[student]`, or another of its kind.
+        where: the section's place in the recipe, "student" or another of its kind.
+        section: the network.
         num_classes: K.
         images: images of one forward pass of one process.
         crop: side of the training crop, pixels.
@@ -34,6 +35,41 @@ def check_trainable(
     Raises:
         UserError: the network cannot train at this size, or its weights cannot be had.
     """
+    try:
+        _check(section, num_classes, images, crop, several_processes, whole)
+    except UserError as error:  # what builds networks knows them as [student]
+        raise UserError(str(error).replace("[student", f"[{where}")) from error
+
+
+@functools.lru_cache(maxsize=32)
+def features_size(section: ModelSection, num_classes: int, crop: int) -> tuple[int, int] | None:
+    """Return the height and width of a network's features for a training crop, pixels.
+
+    Args:
+        section: the network.
+        num_classes: K.
+        crop: side of the crop, pixels.
+
+    Returns:
+        None if only data can show it, or the network cannot train, which `check_trainable` has words for.
+    """
+    try:
+        with torch.device("meta"):
+            features = nameless_segmenter(section, num_classes).eval()(torch.empty(1, 3, crop, crop)).features
+    except Exception:
+        return None
+    return tuple(features.shape[-2:])
+
+
+@functools.lru_cache(maxsize=32)  # teachers and students of one recipe are often checked twice
+def _check(
+    section: ModelSection,
+    num_classes: int,
+    images: int,
+    crop: int,
+    several_processes: bool,
+    whole: tuple[int, int] | None,
+) -> None:
     try:
         _try(section, num_classes, images, crop, several_processes, whole)
     except _NeedsData:
