@@ -184,7 +184,7 @@ def _build(
     frozen = {name: teacher.to(accelerator.device) for name, teacher in teachers.items()}
     method = build_method(recipe, networks, frozen, partition)
     if recipe.run.compile:
-        for network in [*networks, *frozen.values()]:
+        for network in [*networks, *method.averages.values(), *frozen.values()]:
             network.compile(dynamic=False)  # a crop and a batch are always of one size
     return method, training_pairs(recipe, splits, partition, targets)
 

@@ -84,7 +84,6 @@ def train(
     with StopSignals() as signals:
 
         def score(step: int) -> None:
-            share_buffers(modules.values())
             with signals.at_once(kept.format(step)), point.not_training():  # it is done again from the resume point
                 log.write_scores(step, evaluate(bare(method.deployed()), step))
 

@@ -11,11 +11,10 @@ def box_masks(
     size: tuple[int, int],
     generator: torch.Generator,
     num_boxes: int = 3,
-    proportion: tuple[float, float] = (0.25, 0.5),
 ) -> Tensor:
     """Draw CutMix masks.
 
-    A box's area A is uniform in `proportion` of the image, its height A^u of the side (u uniform in 0..1) and its
+    A box's area A is uniform in 0.25 to 0.5 of the image, its height A^u of the side (u uniform in 0..1) and its
     width A^(1 - u), both divided by sqrt(num_boxes); its position is uniform inside the image; boxes of one mask are
     XOR-ed. So do the authors of CPS and of MGD in their code (0.25 to 0.5 "by area", at a random aspect ratio).
 
@@ -24,7 +23,6 @@ def box_masks(
         size: (H, W), pixels.
         generator: CPU generator, the only source of randomness.
         num_boxes: boxes a mask.
-        proportion: least and greatest area of a box before the division.
 
     Returns:
         `[B, 1, H, W]` bool, True where the second image shows.
@@ -32,8 +30,7 @@ def box_masks(
     height, width = size
     sides = torch.tensor([height, width], dtype=torch.float64)
     draws = torch.rand(num_masks, num_boxes, 2, 2, generator=generator, dtype=torch.float64)
-    low, high = proportion
-    area, aspect = low + (high - low) * draws[..., 0, 0], draws[..., 0, 1]
+    area, aspect = 0.25 + 0.25 * draws[..., 0, 0], draws[..., 0, 1]
     shares = torch.stack([area**aspect, area ** (1 - aspect)], dim=-1)
     extent = (shares / math.sqrt(num_boxes) * sides).round()
     start = ((sides - extent) * draws[..., 1, :]).round()

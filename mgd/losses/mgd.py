@@ -8,58 +8,35 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.nn import functional
 
-from mgd.losses.supervised import cross_entropies
+from mgd.losses.supervised import IGNORE_INDEX, cross_entropies, total_weight
 
 
-def pixel_level(student_logits: Tensor, teacher_logits: Sequence[Tensor]) -> Tensor:
-    """L_P, eq. 2: cross-entropy against each teacher's argmax, summed over the teachers.
+def pixel_level(
+    student_logits: Tensor, targets: Sequence[Tensor], weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """L_P, eq. 2: cross-entropy against what each teacher says; the loss is the sum over the teachers.
 
-    Args:
-        student_logits: `[B, K, H, W]`.
-        teacher_logits: N tensors `[B, K, H, W]`, or their argmax `[B, H, W]` int64; no gradient
-            flows into them.
-
-    Returns:
-        Scalar, mean over pixels.
-    """
-    labels = [logits if logits.ndim == 3 else logits.argmax(dim=1) for logits in teacher_logits]
-    return cross_entropies(student_logits, labels).sum()
-
-
-def soft_pixel_level(student_logits: Tensor, teacher_probabilities: Sequence[Tensor]) -> Tensor:
-    """L_P with soft labels: cross-entropy against each teacher's class probabilities, summed over the teachers.
-
-    Not in the paper. Its gradient is that of the KL divergence (Hinton et al., 2015, temperature 1).
+    With class probabilities in place of labels (not in the paper) its gradient is that of the KL divergence (Hinton et
+    al., 2015, temperature 1).
 
     Args:
         student_logits: `[B, K, H, W]`.
-        teacher_probabilities: N tensors `[B, K, H, W]`; no gradient flows into them.
+        targets: of N teachers their argmax `[B, H, W]` int64, 255 where it does not count, or their class
+            probabilities `[B, K, H, W]`, all 0 there; no gradient flows into them.
+        weights: `[K]`, how much a pixel that is given to a class counts; left out, all the same.
 
     Returns:
-        Scalar, mean over pixels.
+        `[N]`, (weighted) means over pixels, 0 where none counts; and `[N]`, what these pixels count together.
     """
-    target = torch.stack(list(teacher_probabilities)).sum(dim=0).detach()
-    return -(target * student_logits.log_softmax(dim=1)).sum(dim=1).mean()
-
-
-def soft_cross_entropies(student_logits: Tensor, probabilities: Sequence[Tensor]) -> Tensor:
-    """Mean cross-entropy of one prediction against each of N maps of class probabilities.
-
-    Args:
-        student_logits: `[B, K, H, W]`.
-        probabilities: N tensors `[B, K, H, W]`; a pixel weighs as much as they sum to there. No gradient flows into
-            them.
-
-    Returns:
-        `[N]`; 0 where all probabilities are.
-    """
-    logarithms = student_logits.log_softmax(dim=1)
-    targets = [target.detach() for target in probabilities]
-    totals = [target.sum() for target in targets]
-    sums = [
-        (target * logarithms).sum() / total.where(total > 0, 1) for target, total in zip(targets, totals, strict=True)
-    ]
-    return -torch.stack(sums)
+    if targets[0].ndim == 3:
+        totals = [total_weight(label, IGNORE_INDEX, weights) for label in targets]
+        return cross_entropies(student_logits, targets, IGNORE_INDEX, weights), torch.stack(totals)
+    probabilities = torch.stack(list(targets)).detach()  # [N, B, K, H, W]
+    if weights is not None:
+        probabilities = probabilities * weights[:, None, None]
+    totals = probabilities.sum(dim=(1, 2, 3, 4))
+    sums = (probabilities * student_logits.log_softmax(dim=1)).sum(dim=(1, 2, 3, 4))
+    return -sums / totals.where(totals > 0, 1), totals
 
 
 def image_level(student_logits: Tensor, teacher_logits: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -8,8 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+IGNORE_INDEX = 255
+"""Label of pixels that do not count."""
 
-def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = 255) -> Tensor:
+
+def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Mean cross-entropy over the labelled pixels (MGD, eq. 1; CPS, eq. 1).
 
     Args:
@@ -49,7 +52,7 @@ def total_weight(label: Tensor, ignore_index: int, weights: Tensor | None = None
 
 
 def cross_entropies(
-    logits: Tensor, labels: Sequence[Tensor], ignore_index: int = 255, weights: Tensor | None = None
+    logits: Tensor, labels: Sequence[Tensor], ignore_index: int = IGNORE_INDEX, weights: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy of one prediction against each of N label maps.
 
@@ -102,7 +105,7 @@ def ohem_cross_entropy(
     label: Tensor,
     threshold: float = 0.7,
     min_kept: int = 50_000,
-    ignore_index: int = 255,
+    ignore_index: int = IGNORE_INDEX,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy over the hard pixels (online hard example mining; the authors' code on Cityscapes).

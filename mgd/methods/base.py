@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mgd.errors import UserError, did_you_mean
 from mgd.losses import supervised
+from mgd.losses.supervised import IGNORE_INDEX
 from mgd.sections import ModelSection, Section
 
-IGNORE_INDEX = 255
 Weight = Annotated[float, Field(ge=0)]
 OnImages = Annotated[tuple[Literal["labeled", "unlabeled"], ...], Field(min_length=1)]
 """Which images of a step a term is computed on."""

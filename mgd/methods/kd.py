@@ -81,10 +81,11 @@ class LogitDistillation(Method):
         student = dict(zip(views, logits, strict=True))
         log = {"loss_supervised": self.labeled_loss(student["labeled"], batch["label"])}
         names = config.distill_from
-        seen = [self._online(name, views) if self.teachers else self._cached(name, batch) for name in names]
+        teachers = [self._online(name, views) if self.teachers else self._cached(name, batch) for name in names]
         for view in config.on:
             losses = [
-                type(self).loss(student[view], said[view].logits, config.temperature, said[view].valid) for said in seen
+                type(self).loss(student[view], teacher[view].logits, config.temperature, teacher[view].valid)
+                for teacher in teachers
             ]
             log[f"loss_{config.name}_{view}"] = sum(losses) / len(losses)
         distilled = sum(value for key, value in log.items() if key != "loss_supervised")

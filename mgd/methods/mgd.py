@@ -1,6 +1,6 @@
 """MGD: a student under frozen teachers, distilled at pixel, image and region level; and its losses for others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,6 @@ from mgd.errors import UserError
 from mgd.losses import mgd as losses
 from mgd.losses import supervised
 from mgd.methods.base import (
-    IGNORE_INDEX,
     Batch,
     Method,
     MethodSection,
@@ -140,16 +139,13 @@ class MultiGranularity(Method):
                 f"[{where}]; make it smaller, [data] crop larger, or choose a head with finer features"
             )
 
-    def student_loss(
-        self, output: NamedTuple, label: Tensor, seen: Mapping[str, TeacherTargets], padded: bool
-    ) -> StepOutput:
+    def student_loss(self, output: NamedTuple, label: Tensor, targets: Mapping[str, TeacherTargets]) -> StepOutput:
         """Return the loss of the student and its terms.
 
         Args:
             output: of the student, `logits` and `features`: labelled images first, as many mixed ones after them.
             label: `[B, H, W]` of the labelled images.
-            seen: what the teachers that the terms name say of them.
-            padded: they say nothing of padding, which does not count.
+            targets: what the teachers that the terms name say of them.
 
         Raises:
             UserError: the student's features are coarser than the regions of L_R.
@@ -164,20 +160,22 @@ class MultiGranularity(Method):
                 self.pixel_weights = self.pixel_weights.to(label.device)
             for where, logits in (("labeled", labeled), ("unlabeled", mixed)):
                 if where in config.pixel.on:
-                    targets = [getattr(seen[name], where) for name in config.pixel.teachers]
-                    log[f"loss_pixel_{where}"] = _pixel_level(logits, targets, padded, self.pixel_weights)
+                    labels = [getattr(targets[name], where) for name in config.pixel.teachers]
+                    of_teachers = losses.pixel_level(logits, labels, self.pixel_weights)
+                    log[f"loss_pixel_{where}"] = balance_processes(*of_teachers).sum()
                     loss = loss + config.pixel.weight * log[f"loss_pixel_{where}"]
         if config.image.teachers:
             # A sum over the batch is a sum over the global batch: the loop averages over processes.
             scale = num_processes() if config.image.reduction == "sum" else 1
             log["loss_image"] = scale * sum(
-                losses.image_level(mixed, seen[name].logits, config.image.reduction) for name in config.image.teachers
+                losses.image_level(mixed, targets[name].logits, config.image.reduction)
+                for name in config.image.teachers
             )
             loss = loss + config.image.weight * log["loss_image"]
         if config.region.teachers:
             self.check_features(config, "student", features.shape[-2:])
             log["loss_region"] = sum(
-                losses.region_level(features, seen[name].features, config.region.grid)
+                losses.region_level(features, targets[name].features, config.region.grid)
                 for name in config.region.teachers
             )
             loss = loss + config.region.weight * log["loss_region"]
@@ -244,25 +242,21 @@ class MGD(MultiGranularity):
             "mixed": mix(batch["unlabeled"], batch["mix"], mask),
         }
         if self.teachers:
-            seen = {name: self._online(name, views, mask) for name in self.teachers}
+            targets = {name: self._online(name, views, mask) for name in self.teachers}
         else:
-            seen = {name: _cached(batch, name, kinds) for name, kinds in self.cached_kinds(config).items()}
+            targets = {name: _cached(batch, name, kinds) for name, kinds in self.cached_kinds(config).items()}
 
         student = self.networks[0](torch.cat([views["labeled"], views["mixed"]]))
-        return self.student_loss(student, batch["label"], seen, padded=not self.teachers)
+        return self.student_loss(student, batch["label"], targets)
 
     def _online(self, name: str, views: Mapping[str, Tensor], mask: Tensor) -> TeacherTargets:
         """Ask a teacher; of its outputs, which are large, only what the losses need outlives this."""
         config = self.config
         with torch.inference_mode():
             outputs = teacher_outputs(self.teachers[name], views, self._wanted(name))
-            said = {view: outputs[view].logits for view in self._pixel_views(name)}
-            if config.pixel.labels == "soft":
-                targets = {view: logits.softmax(dim=1) for view, logits in said.items()}
-            else:
-                targets = {view: logits.argmax(dim=1) for view, logits in said.items()}
-            labeled = targets.get("labeled")
-            unlabeled = mix(targets["first"], targets["second"], mask) if "first" in targets else None
+            labels = {view: self._labels(outputs[view].logits) for view in self._pixel_views(name)}
+            labeled = labels.get("labeled")
+            unlabeled = mix(labels["first"], labels["second"], mask) if "first" in labels else None
             logits = features = None
             if name in config.image.teachers:
                 logits = reduce(_mixed(outputs, "logits", mask), "b k h w -> b k 1 1", "mean")
@@ -271,6 +265,9 @@ class MGD(MultiGranularity):
                 self.check_features(config, f"teachers.{name}", features.shape[-2:])
                 features = losses.pool_regions(features, config.region.grid)
         return TeacherTargets(labeled, unlabeled, logits, features)
+
+    def _labels(self, teacher_logits: Tensor) -> Tensor:
+        return teacher_logits.softmax(dim=1) if self.config.pixel.labels == "soft" else teacher_logits.argmax(dim=1)
 
     def _pixel_views(self, name: str) -> list[str]:
         """The views of a step that L_P wants a teacher's labels of; it never wants those of the mixed images."""
@@ -284,20 +281,6 @@ class MGD(MultiGranularity):
         if name in config.image.teachers or name in config.region.teachers:
             wanted += ["mixed"] if config.remix == "images" else ["first", "second"]
         return list(dict.fromkeys(wanted))
-
-
-def _pixel_level(logits: Tensor, targets: Sequence[Tensor], padded: bool, weights: Tensor | None) -> Tensor:
-    """L_P over the global batch; what pixels count together differs between processes with padding and weights."""
-    soft = targets[0].ndim == 4
-    if weights is None and not padded:
-        return (losses.soft_pixel_level if soft else losses.pixel_level)(logits, targets)
-    if soft:
-        targets = targets if weights is None else [target * weights[:, None, None] for target in targets]
-        totals, means = [target.sum() for target in targets], losses.soft_cross_entropies(logits, targets)
-    else:
-        totals = [supervised.total_weight(target, IGNORE_INDEX, weights) for target in targets]
-        means = supervised.cross_entropies(logits, targets, IGNORE_INDEX, weights)
-    return balance_processes(means, torch.stack(totals)).sum()
 
 
 def _cached(batch: Batch, name: str, kinds: tuple[str, ...]) -> TeacherTargets:

@@ -66,17 +66,17 @@ class MGDOnline(MultiGranularity):
         # What the student is shown of the teachers comes from the passes by which they learn, so in train mode.
         # Eval mode, as for frozen teachers, would take passes of its own (half as much again of the teachers'
         # work), with running statistics that lag behind weights which change at every step.
-        found = pseudo_labels(teachers, batch)
-        loss_supervised, loss_cps, seen = 0.0, 0.0, {}
+        pseudo = pseudo_labels(teachers, batch)
+        loss_supervised, loss_cps, targets = 0.0, 0.0, {}
         for index, (name, teacher) in enumerate(zip(self.config.teachers, teachers, strict=True)):
             logits, features = teacher(image)
             self.check_features(self.config, f"method.teachers.{name}", features.shape[-2:])
             labeled, mixed = logits.chunk(2)
             loss_supervised = loss_supervised + self.labeled_loss(labeled, batch["label"])
-            loss_cps = loss_cps + supervised.cross_entropy(mixed, found[(index + 1) % len(found)])
-            seen[name] = TeacherTargets(
-                labeled.argmax(dim=1), found[index], mixed.detach(), features.chunk(2)[1].detach()
+            loss_cps = loss_cps + supervised.cross_entropy(mixed, pseudo[(index + 1) % len(pseudo)])
+            targets[name] = TeacherTargets(
+                labeled.argmax(dim=1), pseudo[index], mixed.detach(), features.chunk(2)[1].detach()
             )
-        loss, log = self.student_loss(student(image), batch["label"], seen, padded=False)
+        loss, log = self.student_loss(student(image), batch["label"], targets)
         log |= {"loss_teachers_supervised": loss_supervised, "loss_teachers_cps": loss_cps}
         return StepOutput(loss + loss_supervised + self.config.cps_weight * loss_cps, log)

@@ -13,9 +13,10 @@ torch.manual_seed(0)
 
 def test_pixel_level_by_hand():
     student = torch.zeros(1, 2, 1, 1)  # 1:1, so log 2 against any hard label
-    teacher = torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
-    assert mgd.pixel_level(student, [teacher]).item() == pytest.approx(math.log(2))
-    assert mgd.pixel_level(student, [teacher, -teacher]).item() == pytest.approx(2 * math.log(2))
+    means, totals = mgd.pixel_level(student, [torch.tensor([[[0]]]), torch.tensor([[[1]]])])
+    assert means.tolist() == pytest.approx([math.log(2)] * 2) and totals.tolist() == [1, 1]
+    nothing = [torch.full((1, 1, 1), 255)]
+    assert [part.tolist() for part in mgd.pixel_level(student, nothing)] == [[0], [0]]
 
 
 def test_pixel_level_equation_2():
@@ -27,30 +28,39 @@ def test_pixel_level_equation_2():
                 for x in range(5):
                     hard = teacher[b, :, y, x].argmax()
                     expected -= student[b, :, y, x].log_softmax(0)[hard].item() / (2 * 3 * 5)
-    assert mgd.pixel_level(student, teachers).item() == pytest.approx(expected, rel=1e-12)
+    means, totals = mgd.pixel_level(student, [teacher.argmax(1) for teacher in teachers])
+    assert means.sum().item() == pytest.approx(expected, rel=1e-12) and totals.tolist() == [2 * 3 * 5] * 2
 
 
-def test_soft_pixel_level_by_hand_and_plainly():
+def test_pixel_level_of_probabilities_by_hand_and_plainly():
     student = torch.tensor([math.log(3.0), 0.0]).view(1, 2, 1, 1)  # probabilities 3/4, 1/4
     teacher = torch.tensor([0.5, 0.5]).view(1, 2, 1, 1)
     expected = 0.5 * math.log(4 / 3) + 0.5 * math.log(4)
-    assert mgd.soft_pixel_level(student, [teacher]).item() == pytest.approx(expected)
+    assert mgd.pixel_level(student, [teacher])[0].item() == pytest.approx(expected)
     student, *teachers = torch.randn(3, 2, 4, 3, 5, dtype=torch.float64)
     probabilities = [teacher.softmax(dim=1) for teacher in teachers]
     expected = 0.0
     for target in probabilities:
         for b, y, x in itertools.product(range(2), range(3), range(5)):
             expected -= (target[b, :, y, x] * student[b, :, y, x].log_softmax(0)).sum().item() / (2 * 3 * 5)
-    assert mgd.soft_pixel_level(student, probabilities).item() == pytest.approx(expected, rel=1e-12)
-    hard = [torch.nn.functional.one_hot(t.argmax(1), 4).permute(0, 3, 1, 2).double() for t in teachers]
-    found = mgd.soft_cross_entropies(student, probabilities)
-    assert found.sum().item() == pytest.approx(expected, rel=1e-12)
+    means, totals = mgd.pixel_level(student, probabilities)
+    assert means.sum().item() == pytest.approx(expected, rel=1e-12)
+    assert totals.tolist() == pytest.approx([2 * 3 * 5] * 2)
     halved = [torch.cat([target[..., :3], target[..., 3:] * 0.5], dim=-1) for target in probabilities]
-    for target, value in zip(halved, mgd.soft_cross_entropies(student, halved), strict=True):
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0], dtype=torch.float64)
+    for target, value in zip(halved, mgd.pixel_level(student, halved)[0], strict=True):
         wanted = -(target * student.log_softmax(1)).sum().item() / (2 * 3 * 3 + 2 * 3 * 2 * 0.5)
         assert value.item() == pytest.approx(wanted, rel=1e-12)
-    assert mgd.soft_cross_entropies(student, [torch.zeros_like(student)]).item() == 0
-    assert mgd.soft_pixel_level(student, hard).item() == pytest.approx(mgd.pixel_level(student, teachers).item())
+    for target, value in zip(halved, mgd.pixel_level(student, halved, weights)[0], strict=True):
+        weighted = target * weights.view(4, 1, 1)
+        wanted = -(weighted * student.log_softmax(1)).sum().item() / weighted.sum().item()
+        assert value.item() == pytest.approx(wanted, rel=1e-12)
+    assert [part.item() for part in mgd.pixel_level(student, [torch.zeros_like(student)])] == [0, 0]
+    labels = [teacher.argmax(1) for teacher in teachers]
+    hard = [torch.nn.functional.one_hot(label, 4).permute(0, 3, 1, 2).double() for label in labels]
+    for given in (None, weights):
+        found, same = mgd.pixel_level(student, hard, given), mgd.pixel_level(student, labels, given)
+        assert all(first.tolist() == pytest.approx(second.tolist()) for first, second in zip(found, same, strict=True))
 
 
 def test_image_level_by_hand():
@@ -110,7 +120,7 @@ def test_no_gradient_into_the_teacher_and_a_right_one_into_the_student():
     student = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     total = (
-        mgd.pixel_level(student, [teacher])
+        mgd.pixel_level(student, [teacher.softmax(1)])[0].sum()
         + mgd.image_level(student, teacher, "sum")
         + mgd.region_level(student, teacher, grid=2)
     )
@@ -119,4 +129,5 @@ def test_no_gradient_into_the_teacher_and_a_right_one_into_the_student():
     fixed = teacher.detach()
     assert torch.autograd.gradcheck(lambda x: mgd.image_level(x, fixed, "mean"), student)
     assert torch.autograd.gradcheck(lambda x: mgd.region_level(x, fixed, grid=2), student)
-    assert torch.autograd.gradcheck(lambda x: mgd.pixel_level(x, [fixed]), student)
+    assert torch.autograd.gradcheck(lambda x: mgd.pixel_level(x, [fixed.argmax(1)])[0].sum(), student)
+    assert torch.autograd.gradcheck(lambda x: mgd.pixel_level(x, [fixed.softmax(1)])[0].sum(), student)

@@ -73,7 +73,7 @@ def test_regions_finer_than_the_features_are_refused(batch):
             method.step(batch, 0)
         seen = {"wide": TeacherTargets(features=torch.ones(2, 4, grid, grid))}  # of a cache
         with pytest.raises(UserError, match=r"of the features of \[student\]; make it smaller, \[data\] crop larger"):
-            method.student_loss(fine(torch.cat([batch["image"]] * 2)), batch["label"], seen, padded=True)
+            method.student_loss(fine(torch.cat([batch["image"]] * 2)), batch["label"], seen)
 
 
 def test_mgd_with_soft_labels_learns_from_probabilities(batch):
