@@ -46,6 +46,6 @@ def pseudo_labels(networks: Sequence[nn.Module], batch: Batch) -> list[Tensor]:
     both = torch.cat([batch["unlabeled"], batch["mix"]])
     with torch.no_grad():  # in train mode, as the authors': pseudo labels by batch statistics
         found = [mix(*bare(network)(both).logits.chunk(2), batch["mask"]).argmax(dim=1) for network in networks]
-    # Older torch would reuse the casts made without gradient in the forward passes that follow.
+    # Before pytorch/pytorch#165068 autocast reuses casts made without gradient in the forward passes that follow.
     torch.clear_autocast_cache()
     return found

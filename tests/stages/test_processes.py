@@ -12,9 +12,16 @@ import datasets
 import PIL.Image
 import pytest
 import tomli_w
+from accelerate import Accelerator
 from conftest import ONLINE, TINY, log_rows, merged, run_stage, stage_command, steps_done, torchrun
 from plugin_package import install
 from safetensors.torch import load_file
+
+from mgd.data.images import Images
+from mgd.data.reading import load_splits
+from mgd.experiment import evaluate_network
+from mgd.models.segmenter import load_segmenter
+from mgd.recipe import load
 
 # Norms without batch statistics: only the order of sums tells the number of processes.
 # Crops larger than half an image: the padding spreads the labelled pixels unevenly.
@@ -141,6 +148,19 @@ def test_one_two_four_one(write_recipe, tmp_path):
     done = run_stage("teacher_cps.py", "--recipe", many)
     assert done.returncode == 0 and "goes on at step" in done.stdout
     same_within_tolerance(tmp_path / "runs" / "one", folder)
+
+
+def test_what_two_processes_score_is_what_they_save(write_recipe, tmp_path):
+    """Each has batch statistics of its own; all are evaluated with those of the first, which are saved."""
+    recipe = write_recipe(optim={"steps": 8})
+    done = run_stage("teacher_cps.py", "--recipe", recipe, launcher=torchrun(2, 29547), env=ON_CPU)
+    assert done.returncode == 0, done.stderr
+    recipe = load(recipe)
+    metrics = json.loads((recipe.run_dir / "metrics.json").read_text())
+    splits = load_splits(recipe.data)
+    val = Images(splits.val, splits.decoder)
+    alone = evaluate_network(load_segmenter(recipe.run_dir), val, recipe, Accelerator())
+    assert metrics["num_processes"] == 2 and alone.miou == pytest.approx(metrics["miou"], abs=1e-6)
 
 
 @pytest.mark.slow
