@@ -2,7 +2,7 @@
 
 import contextlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from mgd.data.targets import (
     shard_path,
     write_shard,
 )
-from mgd.errors import UserError, one_line
+from mgd.errors import UserError, explained
 from mgd.files import read_json, write_json
 from mgd.inference import views
 from mgd.locks import hold
@@ -234,53 +234,51 @@ def _targets(
     coarse = [-(-side // section.cell) for side in size]
     sums, count = dict.fromkeys({"logits", *kinds & {"features"}}, 0.0), 0
     for view, mirrored in views(image, section.scales, section.flip):
-        try:
+        problem = f"{title} cannot see the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels"
+        with explained(problem, 'use [teachers] mode = "online" (or, where memory is short, smaller [cache] scales)'):
             seen = network(view)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"{title}: no memory for the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels; "
-                'use smaller [cache] scales, or [teachers] mode = "online"'
-            ) from error
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(
-                f"{title} cannot see the whole of {name}, {view.shape[-1]}x{view.shape[-2]} pixels: {one_line(error)}; "
-                'use [teachers] mode = "online"'
-            ) from error
         maps = [value.flip(-1) if mirrored else value for value in seen]
         sums["logits"] += functional.interpolate(maps[0].float(), size=size, mode="bilinear", align_corners=False)
         if "features" in sums:
             sums["features"] += functional.interpolate(maps[1].float(), size=coarse, mode="area")
         count += 1
     means = {what: total / count for what, total in sums.items()}
-    found = _kept(kinds, means, coarse)
+    found = {kind: _stored(kind, value[0]) for kind, value in kept(kinds, **means, cell=section.cell).items()}
     if not all(value.isfinite().all() for value in (means["logits"], *found.values())):
         raise UserError(f"{title} predicts values for {name} that are no number, or too large; train it anew")
     return found
 
 
-def _kept(kinds: set[str], means: Mapping[str, Tensor], coarse: list[int]) -> dict[str, Tensor]:
-    """Lay down what a teacher predicted for an image.
+def kept(kinds: Collection[str], logits: Tensor, features: Tensor | None = None, *, cell: int) -> dict[str, Tensor]:
+    """Return what a cache keeps of a teacher's outputs, before it is rounded.
 
     Args:
-        kinds: what is wanted.
-        means: over all views: `logits` `[1, K, H, W]`, and if they are wanted `features` `[1, C, h, w]`, over cells.
-        coarse: h and w.
+        kinds: what is wanted; see mgd/data/targets.py.
+        logits: `[B, K, H, W]`.
+        features: `[B, C, h, w]`, if they are wanted.
+        cell: side of the cells over which `logits` and `features` are averaged, pixels of the image.
+
+    Returns:
+        A tensor of B images a kind.
     """
-    logits = means["logits"]
-    fine, found = [-(-side // FINE_CELL) for side in logits.shape[-2:]], {}
-    if "labels" in kinds:
-        found["labels"] = logits.argmax(dim=1)[0].to(torch.uint8)
-    if "fine_logits" in kinds:  # in the middle of each cell: a head of stride 4 is smoothed half as much as by means
-        middle = functional.interpolate(logits, size=fine, mode="bilinear", align_corners=False)
-        found["fine_logits"] = middle[0].half()
-    if "probabilities" in kinds:
-        probabilities = functional.interpolate(logits.softmax(dim=1), size=fine, mode="area")
-        found["probabilities"] = (probabilities[0] * 255).round().to(torch.uint8)
-    if "logits" in kinds:
-        found["logits"] = functional.interpolate(logits, size=coarse, mode="area")[0].half()
-    if "features" in kinds:
-        found["features"] = means["features"][0].half()
-    return found
+    size = logits.shape[-2:]
+    coarse, fine = ([-(-side // divisor) for side in size] for divisor in (cell, FINE_CELL))
+    makes = {
+        "labels": lambda: logits.argmax(dim=1),
+        # In the middle of each cell: a head of stride 4 is smoothed half as much as by means.
+        "fine_logits": lambda: functional.interpolate(logits, size=fine, mode="bilinear", align_corners=False),
+        "probabilities": lambda: functional.interpolate(logits.softmax(dim=1), size=fine, mode="area"),
+        "logits": lambda: functional.interpolate(logits, size=coarse, mode="area"),
+        "features": lambda: functional.interpolate(features.float(), size=coarse, mode="area"),
+    }
+    return {kind: makes[kind]() for kind in kinds}
+
+
+def _stored(kind: str, value: Tensor) -> Tensor:
+    """Round what is kept to the type in which it is stored."""
+    if kind == "labels":
+        return value.to(torch.uint8)
+    return (value * 255).round().to(torch.uint8) if kind == "probabilities" else value.half()
 
 
 def _pixels(images: Images, index: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgd.errors import UserError, one_line
+from mgd.errors import explained
 from mgd.models.segmenter import nameless_segmenter
 from mgd.sections import ModelSection
 
@@ -56,10 +56,8 @@ def model_costs(section: ModelSection, num_classes: int, size: int) -> dict[str,
     """
     with torch.device("meta"):
         model = nameless_segmenter(section, num_classes)
-    try:
+    with explained(f"{section.backbone} cannot take {size}x{size} pixels"):
         image = torch.empty(1, 3, size, size, device="meta")
         backbone, total = count(model.backbone, image), count(model, image)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"{section.backbone} cannot take {size}x{size} pixels: {one_line(error)}") from error
     head = Cost(*(whole - part for whole, part in zip(total, backbone, strict=True)))
     return {"backbone": backbone, "head": head, "total": total}

@@ -1,8 +1,9 @@
 """User-facing errors: one exception type and the wording that goes with a wrong name."""
 
+import contextlib
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -40,6 +41,29 @@ class Stopped(BaseException):
 def one_line(error: object, limit: int = 200) -> str:
     """Return what another library's error says as one line of at most `limit` characters; its type if it is silent."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, MemoryError)
+"""What torch and timm raise of an image whose size a network cannot take."""
+
+
+@contextlib.contextmanager
+def explained(problem: str, remedy: str = "") -> Iterator[None]:
+    """Word as a `UserError` what a network inside raises of an image that it cannot take.
+
+    Args:
+        problem: what cannot be done.
+        remedy: the way out.
+
+    Raises:
+        UserError: `problem: what was raised; remedy`; one that is raised inside stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except CANNOT_TAKE as error:
+        raise UserError(f"{problem}: {one_line(error)}{remedy and '; '}{remedy}") from error
 
 
 def some(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.errors import UserError, one_line, some
+from mgd.errors import explained, some
 from mgd.metrics import confusion_matrix
 from mgd.models.segmenter import check_finite
 from mgd.sections import Eval
@@ -150,15 +150,11 @@ def count_confusion(
     for items in loader:
         for _, group in itertools.groupby(items, key=lambda item: item[1].shape):
             names, images, labels = zip(*group, strict=True)
-            try:
+            remedy = (
+                "try --set eval.batch_size=1, or evaluate the model by stages/evaluate.py with --set eval.mode=slide"
+            )
+            with explained(f"{some(names)} cannot be predicted", remedy):
                 classes = predict(model, torch.stack(images).to(device), section, crop)
-            except UserError:
-                raise
-            except (RuntimeError, AssertionError, ValueError) as error:
-                raise UserError(
-                    f"{some(names)} cannot be predicted: {one_line(error)}; try --set eval.batch_size=1, or evaluate "
-                    "the model by stages/evaluate.py with --set eval.mode=slide"
-                ) from error
             total += confusion_matrix(classes, torch.stack(labels).to(device), num_classes)
             for name, prediction in zip(names, classes.cpu(), strict=True) if keep else ():
                 keep(name, prediction)

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from mgd.data.images import Images, read_each
-from mgd.errors import UserError, one_line
+from mgd.errors import explained
 from mgd.inference import predict
 from mgd.models.segmenter import Segmenter, build_segmenter
 from mgd.pictures import rescale, to_tensor
@@ -73,17 +73,13 @@ def disagreements(networks: Sequence[Segmenter], images: Images, recipe: Recipe,
     """
 
     def score(seen: list[Tensor], name: str) -> float:
-        try:
+        with explained(f"{name} cannot be predicted", "try --set eval.mode=slide"):
             return disagreement(
                 *(
                     predict(network, pixels, recipe.eval, network.crop or recipe.data.crop)[0]
                     for network, pixels in zip(networks, seen, strict=True)
                 )
             )
-        except UserError:
-            raise
-        except (RuntimeError, AssertionError, ValueError) as error:
-            raise UserError(f"{name} cannot be predicted: {one_line(error)}; try --set eval.mode=slide") from error
 
     scaled = functools.partial(_scaled, factors=[network.image_scale for network in networks])
     return torch.tensor(_of_each(images, range(len(images)), scaled, score, recipe, accelerator))

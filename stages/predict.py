@@ -25,7 +25,7 @@ from accelerate.utils import gather_object  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from mgd import cli  # noqa: E402
-from mgd.errors import UserError, one_line  # noqa: E402
+from mgd.errors import CANNOT_TAKE, UserError, one_line  # noqa: E402
 from mgd.files import write_aside  # noqa: E402
 from mgd.inference import predict_scores  # noqa: E402
 from mgd.models.saved import find_model  # noqa: E402
@@ -36,9 +36,6 @@ from mgd.predictions import check_predictions, mark_of, mark_predictions, save_p
 from mgd.progress import progress_bar  # noqa: E402
 from mgd.recipe import load, parse_eval  # noqa: E402
 from mgd.sections import Eval  # noqa: E402
-
-CANNOT_TAKE = (RuntimeError, AssertionError, ValueError, MemoryError)
-"""What torch and timm raise of an image whose size they cannot take."""
 
 
 class Prediction(NamedTuple):

@@ -17,8 +17,8 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from mgd.benchmarks.timing import alternate, peak_memory, precision, ratio_row
+from mgd.cache import kept
 from mgd.data.cutmix import box_masks
-from mgd.data.targets import FINE_CELL
 from mgd.errors import UserError
 from mgd.methods.base import StepOutput
 from mgd.methods.mgd import MGD, MGDConfig
@@ -221,21 +221,13 @@ def cached_views(
         batch: `image`, `unlabeled` and `mix` `[B, 3, H, W]`.
         cell: pixels a side over which logits and features are averaged.
     """
-    kept = {}
+    cached = {}
     for name, kinds in MGD.cached_kinds(config).items():
         for view in ("image", "unlabeled", "mix"):
-            logits, features = teachers[name](batch[view])
-            parts = [-(-side // cell) for side in batch[view].shape[-2:]]
-            fine = [-(-side // FINE_CELL) for side in batch[view].shape[-2:]]
-            found = {
-                "labels": logits.argmax(dim=1),
-                "probabilities": functional.interpolate(logits.softmax(dim=1), size=fine, mode="area"),
-                "logits": functional.interpolate(logits, size=parts, mode="area"),
-                "features": functional.interpolate(features.float(), size=parts, mode="area"),
-            }
-            kept |= {f"{view}/{name}/{kind}": found[kind].clone() for kind in kinds}
-            kept[f"{view}/valid"] = torch.ones_like(found["labels"], dtype=torch.bool)
-    return kept
+            found = kept(kinds, *teachers[name](batch[view]), cell=cell)
+            cached |= {f"{view}/{name}/{kind}": value.clone() for kind, value in found.items()}
+            cached[f"{view}/valid"] = torch.ones_like(batch[view][:, 0], dtype=torch.bool)
+    return cached
 
 
 def random_batch(size: int, crop: int, num_classes: int, device: torch.device) -> dict[str, Tensor]:

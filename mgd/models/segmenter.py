@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgd.errors import UserError, one_line
+from mgd.errors import UserError, explained, one_line
 from mgd.files import write_aside, write_json
 from mgd.models.backbones import build_backbone, feature_maps
 from mgd.models.card import short_card
@@ -164,14 +164,11 @@ class Segmenter(nn.Module, PyTorchModelHubMixin):
         except UNREADABLE as error:
             raise UserError(f"the image cannot be read: {one_line(error)}") from error
         small = rescale(whole, self.image_scale)
+        problem = f"{self.section.backbone} cannot predict a whole image of {small.width}x{small.height}"
         try:
-            logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
-            classes = enlarge(logits, whole.size[::-1]).argmax(dim=1)
-        except (RuntimeError, AssertionError, ValueError) as error:  # timm asserts
-            raise UserError(
-                f"{self.section.backbone} cannot predict a whole image of {small.width}x{small.height}: "
-                f"{one_line(error)}; stages/predict.py --set eval.mode=slide predicts in windows"
-            ) from error
+            with explained(problem, "stages/predict.py --set eval.mode=slide predicts in windows"):
+                logits = self.eval()(to_tensor(small)[None].to(self.mean.device)).logits
+                classes = enlarge(logits, whole.size[::-1]).argmax(dim=1)
         finally:
             self.train(was_training)
         check_finite(logits)
