@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -53,18 +53,17 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
                 f"{recipe.run_dir} is finished, but what it learned from cannot be read: {error}"
             ) from error
         return done  # a result outlives its images; whoever needs them is told so
-    skipped = set(there.skipped)
+    skipped = _still_unusable(there.skipped, splits, drawn, recipe.data)
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
     val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
-    then = there.lists()
     now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}
-    if not same_pool or any(now[key] != names for key, names in then.items()):
-        counts = [" / ".join(str(len(names)) for names in which.values()) for which in (then, now)]
+    uses_unlabeled = recipe.method_class.uses_unlabeled
+    differing = [there.differs(now, uses_unlabeled)]
+    differing += ["another [data.unlabeled]"] if uses_unlabeled and not same_pool else []
+    if any(differing):
         raise UserError(
-            f"{recipe.run_dir} was trained on other images than [data] and [partition] name now (labelled / unlabelled "
-            f"/ to evaluate on: {counts[0]} then, {counts[1]} now{'' if same_pool else ', another [data.unlabeled]'}); "
-            "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
-            f"anew: {recipe.command} --restart"
+            f"{recipe.run_dir} was trained on other images than [data] and [partition] name now "
+            f"({', '.join(filter(None, differing))}); {_ways_out(recipe)}"
         )
     if not there.masks:  # none is a file, or an older run: no need to read them
         return done
@@ -72,11 +71,33 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
         masks = _mask_sums(select_ids(splits.labeled, labeled), select_ids(splits.val, val))
         if painted := repainted(there.masks, masks):
             raise UserError(
-                f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; keep it and "
-                "write elsewhere (--set run.output=..., where teachers and baselines follow), or train it anew: "
-                f"{recipe.command} --restart"
+                f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; {_ways_out(recipe)}"
             )
     return done
+
+
+def _still_unusable(skipped: Iterable[str], splits: Splits, drawn: Split, section: DataSection) -> set[str]:
+    """Return which of the images that a run left out, as `Split.skipped` names them, cannot be used now either."""
+    skipped, prefix, found = set(skipped), "validation: ", set()
+    val = [name for name in splits.val["id"] if prefix + name in skipped]
+    for source, ids, with_label, before in (
+        (splits.labeled, skipped.intersection(drawn.labeled), True, ""),
+        (splits.without_masks(), skipped.intersection(drawn.unlabeled), False, ""),
+        (splits.val, val, True, prefix),
+    ):
+        images = Images(select_ids(source, ids), splits.decoder, section.image_scale)
+        found |= {before + name for name in scan(images, with_label, section.workers, "what was left out").problems}
+    return found
+
+
+def _ways_out(recipe: Recipe) -> str:
+    """What to do with a finished run whose images or masks are others now."""
+    needs = recipe.eval.baselines or any(teacher.recipe for teacher in recipe.teachers.values())
+    after = ", after its teachers and baselines" if needs else ""
+    return (
+        "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
+        f"anew{after}: {recipe.command} --restart"
+    )
 
 
 def check_recipe(

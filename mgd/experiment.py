@@ -20,6 +20,7 @@ from mgd.data.images import Images
 from mgd.data.loaders import TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
+from mgd.errors import UserError
 from mgd.files import append_line, keep_lines, write_json
 from mgd.inference import count_confusion, predict
 from mgd.locks import hold
@@ -51,7 +52,15 @@ def run_needed(needed: Mapping[str, Recipe], accelerator: Accelerator) -> list[d
     Raises:
         UserError: see `run_recipe`.
     """
-    missing = {title: recipe for title, recipe in needed.items() if not finished(recipe)}
+    missing, stale = {}, []
+    for title, recipe in needed.items():
+        try:
+            if not finished(recipe):
+                missing[title] = recipe
+        except UserError as error:  # all of them are named: each takes a command, and time
+            stale.append(str(error))
+    if stale:
+        raise UserError("\n".join(stale))
     for recipe in missing.values():
         check_recipe(recipe, accelerator)
     rows = []

@@ -80,7 +80,9 @@ def _is_ours(folder: Path, mark: Mapping[str, str]) -> bool:
     if other := [key for key in different if key != "model" or "weights" in different]:
         what = f"{'another' if other[0] == 'model' else 'other'} {other[0]}: {found.get(other[0], 'unknown')}"
         what = "earlier weights of this model" if other[0] == "weights" and "weights" in found else what
-        raise UserError(f"{folder} holds predictions of {what}; name another folder for these, or delete it")
+        raise UserError(
+            f"{folder} holds predictions of {what}; name another folder for these, or delete those, {PREDICTIONS} too"
+        )
     return True
 
 

@@ -53,7 +53,8 @@ def unseen_masks(splits: Splits, model: Path, recipe: Recipe, say: Callable[[str
             names -= shown
     if not names:
         raise UserError(
-            f"{run}: it, or a teacher of it, was shown all masks that [data] has; no image is left to score"
+            f"{run}: no image of its unlabelled list (partition.json) has a mask in [data] that neither it nor a "
+            "teacher of it was shown; there is nothing to score"
         )
     return select_ids(splits.labeled, names)
 

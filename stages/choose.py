@@ -5,11 +5,13 @@ python stages/choose.py --recipe recipes/folder_cpu.toml --budget 50 --output pi
 
 import argparse
 import os
+import signal
 import sys
 
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
 
 import dataclasses  # noqa: E402
 import shlex  # noqa: E402
@@ -32,6 +34,8 @@ from mgd.tables import labeled_amount  # noqa: E402
 
 MODELS = {"random": (0,), "coverage": (0, 1), "disagreement": (2,)}  # strategy -> how many it can use
 ON_SHEET = 100
+BEFORE_LABELED = ("selected.txt", "selected.png", "unlabeled.txt")
+"""What is written before labeled.txt: alone, an earlier choice was cut off among them."""
 
 
 def main() -> None:
@@ -60,9 +64,9 @@ def main() -> None:
         raise UserError(f"--strategy {args.strategy} takes {fitting} --model, not {len(args.model)}")
     if (output / "labeled.txt").exists():
         raise UserError(f"{output / 'labeled.txt'} is there: an earlier choice; name another --output, or delete it")
-    if output.is_dir() and any(output.iterdir()):
+    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not there <= {*BEFORE_LABELED}:
         raise UserError(f"{output} holds other files; name another, or an empty, --output")
-
     if any(output.resolve().is_relative_to(place) for place in _places(recipe)):
         raise UserError(f"{output} lies among the images of [data], its pictures would be some; name another --output")
 
@@ -97,6 +101,8 @@ def main() -> None:
         chosen = [pool[index] for index in cover(features, budget, known)]
     if accelerator.is_main_process:
         lists = found.lists([images.ids[index] for index in chosen])
+        if not there and (output / BEFORE_LABELED[0]).exists():
+            raise UserError(f"{output}: another choice has been written there meanwhile; name another --output")
         _write(output, found, images, chosen, lists)
         row = {"strategy": args.strategy, "chosen": len(chosen), "of": len(images), "had a mask": len(labeled)}
         row |= {"labelled": len(lists[0]), "unlabelled": len(lists[1]), "held out": len(lists[2])}
@@ -137,12 +143,11 @@ def _write(output: Path, found: Candidates, images: Images, chosen: list[int], l
         name = images.ids[index]
         mask = f"\t{found.masks / name}.png" if found.masks else ""
         lines.append(f"{images.path(index) or name}{mask}\n")
-    if (output / "selected.txt").exists():
-        raise UserError(f"{output}: another choice has been written there meanwhile; name another --output")
-    write_text(output / "selected.txt", "".join(lines))
+    selected, sheet, unlabeled = (output / name for name in BEFORE_LABELED)
+    write_text(selected, "".join(lines))
     shown = [(images.ids[index], images.picture(index)) for index in chosen[:ON_SHEET]]
-    save_contact_sheet(shown, output / "selected.png")
-    write_list(output / "unlabeled.txt", lists[1])
+    save_contact_sheet(shown, sheet)
+    write_list(unlabeled, lists[1])
     write_list(output / "labeled.txt", lists[0])
 
 

@@ -6,11 +6,13 @@ python stages/export.py --model runs/quickstart-s0 --format onnx --size 96x96
 import argparse
 import contextlib
 import os
+import signal
 import sys
 
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
 
 import platform  # noqa: E402
 import re  # noqa: E402

@@ -7,11 +7,13 @@ python stages/sweep.py recipes/camvid/half_lite0_1-16*.toml --seeds 0 1 2
 
 import argparse
 import os
+import signal
 import sys
 
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
 
 import contextlib  # noqa: E402
 import shlex  # noqa: E402

@@ -1,10 +1,12 @@
 """What every stage does around its own work."""
 
 import os
+import signal
 import subprocess
 import sys
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, stage_command
 
 ENDLESS = "from mgd import cli; cli.run(lambda: [print('gain ±', flush=True) for _ in range(10**6)])"
 
@@ -17,3 +19,11 @@ def test_a_closed_pipe_and_an_ascii_terminal_give_no_traceback():
         running.stdout.close()  # as `| head -1` does
         assert running.wait(timeout=60) == 128 + 13
         assert running.stderr.read() == b""
+
+
+@pytest.mark.parametrize("stage", sorted(path.name for path in (ROOT / "stages").glob("*.py")))
+def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path, stage):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run(stage_command(stage, "--help"), capture_output=True, text=True, env=env, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")

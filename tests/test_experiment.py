@@ -1,5 +1,6 @@
 """What run_recipe promises, in this process."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -30,7 +32,7 @@ from mgd.methods.supervised import Supervised
 from mgd.models.segmenter import build_segmenter, load_segmenter
 from mgd.needed import needed_recipes, note_other_data, refuse_students
 from mgd.recipe import load
-from mgd.runs import is_here, recipe_differences
+from mgd.runs import is_here, open_folder, recipe_differences
 from mgd.sections import Optim
 from mgd.train import _on_device
 
@@ -139,9 +141,21 @@ def test_images_that_change_under_an_unfinished_run(write_recipe):
     run_recipe(recipe, Accelerator())
     (recipe.run_dir / "metrics.json").unlink()
     path = recipe.run_dir / "partition.json"
-    path.write_text(path.read_text().replace("train-000003", "train-999999"))
-    with pytest.raises(UserError, match=r"the images of \[data\] have changed since this run began"):
+    manifest = json.loads(path.read_text())
+    gone = {key: manifest[key][0] for key in ("labeled", "unlabeled")}
+    path.write_text(path.read_text().replace(gone["unlabeled"], "train-999999"))
+    run_recipe(recipe, Accelerator())  # a supervised run sees none of these
+    assert json.loads(path.read_text()) == manifest
+    (recipe.run_dir / "metrics.json").unlink()
+    path.write_text(path.read_text().replace(gone["labeled"], "train-999999"))
+    differing = f"4 / 5 then, 4 / 5 now; differing: {gone['labeled']}, train-999999"
+    with pytest.raises(UserError, match=rf"the images of \[data\] have changed since this run began .*{differing}"):
         run_recipe(recipe, Accelerator())
+    path.write_text(json.dumps(manifest | {"unlabeled": manifest["unlabeled"][1:]}))
+    of_cps = load(write_recipe(method={"name": "cps"}))
+    differing = f"4 / 7 / 5 then, 4 / 8 / 5 now; differing: {gone['unlabeled']}"
+    with pytest.raises(UserError, match=f"have changed since this run began .*{differing}"):
+        open_folder(of_cps, check_recipe(of_cps, Accelerator())[1], {}, restart=False)
 
 
 def test_images_to_evaluate_on_that_change_under_an_unfinished_run(write_recipe):
@@ -155,7 +169,7 @@ def test_images_to_evaluate_on_that_change_under_an_unfinished_run(write_recipe)
     (recipe.run_dir / "metrics.json").unlink()
     path.write_text(json.dumps(manifest | {"val": manifest["val"][1:]}))
     count = len(manifest["val"])
-    with pytest.raises(UserError, match=rf"have changed .* / {count - 1} then, .* / {count} now\); put them back"):
+    with pytest.raises(UserError, match=rf"have changed .* / {count - 1} then, .* / {count} now; .*\); put them back"):
         run_recipe(recipe, Accelerator())
 
 
@@ -188,7 +202,7 @@ def test_one_place_is_one_whether_it_is_named_from_here_or_from_the_root(key):
     assert [line.split()[0] for line in recipe_differences(here.to_dict(), other)] == [key]
 
 
-def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
+def test_images_that_change_after_a_finished_run(write_recipe, tmp_path, monkeypatch):
     root = tmp_path / "mine"
 
     def paint(folder, names):
@@ -216,18 +230,27 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
         finished(recipe)
     orphan.unlink()
     paint(".", "e")  # one more mask
-    with pytest.raises(UserError, match=r"trained on other images .* 4 / 0 / 2 then, 5 / 0 / 2 now.* --restart"):
+    with pytest.raises(UserError, match=r" 4 / 2 then, 5 / 2 now; differing: e\); .* or train it anew: .* --restart"):
         run_recipe(recipe, Accelerator())
     for part in ("images", "masks"):
         (root / part / "e.png").unlink()
+    (root / "unlabeled").mkdir()
+    shutil.copy(root / "images" / "a.png", root / "unlabeled" / "more.png")
+    forget_data()
+    assert finished(recipe)["miou"] == done["miou"], "a supervised run sees none of them"
+    with monkeypatch.context() as patch:
+        patch.setattr(Supervised, "uses_unlabeled", True)
+        with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 1 / 2 now; differing: unlabeled/more"):
+            finished(recipe)
+    shutil.rmtree(root / "unlabeled")
     paint("val", "z")
-    with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 0 / 3 now"):
+    with pytest.raises(UserError, match=r"4 / 2 then, 4 / 3 now; differing: z"):
         finished(recipe)
     (root / "val" / "masks" / "z.png").unlink()
     for part in ("images", "masks"):
         (root / "val" / part / "y.png").rename(root / "val" / part / "w.png")
     forget_data()
-    with pytest.raises(UserError, match=r"4 / 0 / 2 then, 4 / 0 / 2 now"):
+    with pytest.raises(UserError, match=r"4 / 2 then, 4 / 2 now; differing: w, y"):
         finished(recipe)
     for part in ("images", "masks"):
         (root / "val" / part / "w.png").rename(root / "val" / part / "y.png")
@@ -254,6 +277,59 @@ def test_images_that_change_after_a_finished_run(write_recipe, tmp_path):
     root.rename(tmp_path / "elsewhere")
     forget_data()
     assert finished(recipe)["miou"] == done["miou"], "a result outlives its images"
+
+
+def test_files_that_are_mended_after_a_run_that_left_them_out(write_recipe, tmp_path):
+    """They are labels that it has not seen: a run beside it would have them, and be compared with it."""
+    for folder, index in itertools.product(("mine", "val"), range(5)):
+        for part, value in (("images", 200 if folder == "mine" else 90), ("masks", 1)):
+            (tmp_path / folder / part).mkdir(parents=True, exist_ok=True)
+            picture = PIL.Image.new("L", (40, 40), 0)
+            picture.paste(value, (0, 0, 20, 40))
+            picture.save(tmp_path / folder / part / f"{index}.png")
+    shutil.copytree(tmp_path / "mine" / "images", tmp_path / "mine" / "unlabeled")
+    table = tomllib.loads(write_recipe(method={"name": "cps"}).read_text())
+    table["data"] = {"name": "folder", "root": str(tmp_path / "mine"), "classes": ["0", "1"], "crop": 32}
+    table["data"] |= {"val_root": str(tmp_path / "val"), "on_error": "skip"}
+    table["partition"] = {"labeled": 1.0}
+    (tmp_path / "mine.toml").write_text(tomli_w.dumps(table))
+    recipe = load(tmp_path / "mine.toml")
+    for place, name in (("mine/masks", "1"), ("mine/unlabeled", "unlabeled/2"), ("val/images", "3")):
+        path = tmp_path / place / f"{name[-1]}.png"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:50])
+        forget_data()
+        done = run_recipe(recipe, Accelerator())
+        assert len(json.loads((recipe.run_dir / "partition.json").read_text())["skipped"]) == 1
+        forget_data()
+        assert finished(recipe)["miou"] == done["miou"]
+        path.write_bytes(whole)
+        forget_data()
+        with pytest.raises(UserError, match=rf"was trained on other images .*differing: {name}\)"):
+            finished(recipe)
+        shutil.rmtree(recipe.run_dir)
+
+
+def test_all_that_is_stale_is_named_at_once(write_recipe, run_here, tmp_path):
+    """Each takes a command, and time: an error a night would be one too many."""
+    others = {name: write_recipe(f"{name}.toml", run={"name": name}) for name in ("one", "two", "baseline")}
+    student = write_recipe(
+        method={"name": "kd", "distill_from": ["one", "two"]},
+        teachers={name: {"recipe": str(others[name])} for name in ("one", "two")},
+        eval={"baselines": [str(others["baseline"])]},
+    )
+    assert run_here("distill.py", "--recipe", student).returncode == 0
+    for name in ("one", "baseline", "tiny"):
+        path = tmp_path / "runs" / name / "partition.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"labeled": [*manifest["labeled"][1:], "gone"]}))
+    refused = run_here("distill.py", "--recipe", student)
+    assert "runs/tiny was trained on other" in refused.stderr
+    assert "or train it anew, after its teachers and baselines: accelerate launch" in refused.stderr
+    refused = run_here("distill.py", "--recipe", student, "--restart")
+    lines = refused.stderr.splitlines()
+    assert [Path(line.split()[1]).name for line in lines] == ["one", "baseline"]
+    assert all("or train it anew: accelerate launch stages/teacher_cps.py" in line for line in lines)
 
 
 def test_data_that_is_away_is_told_from_data_that_is_wrong(write_recipe, tmp_path):

@@ -1,6 +1,27 @@
-"""Small files that are written line by line."""
+"""Small files of a run."""
 
-from mgd.files import append_line, keep_lines
+from pathlib import Path
+
+import pytest
+
+from mgd.errors import UserError
+from mgd.files import append_line, keep_lines, read_json
+
+
+def test_a_file_that_may_not_be_read_is_not_to_be_deleted(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.json"
+    with pytest.raises(UserError, match="metrics.json is not there; start over with --restart"):
+        read_json(path, ())
+    path.write_text("{")
+    with pytest.raises(UserError, match="metrics.json cannot be read: .*; delete it, or start over"):
+        read_json(path, ())
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_text", denied)  # chmod does not stop root
+    with pytest.raises(UserError, match="metrics.json cannot be read: Permission denied; open it to your user$"):
+        read_json(path, ())
 
 
 def test_lines_that_were_cut_short_or_are_not_wanted_go(tmp_path):

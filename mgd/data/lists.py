@@ -1,5 +1,6 @@
 """The public labelled / unlabelled lists of VOC and Cityscapes, and lists of one's own."""
 
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -139,7 +140,8 @@ def _id_of(entry: str, known: Collection[str]) -> str:
     path = PurePosixPath(entry)
     parts = path.with_suffix("").parts if path.suffix.lower() in SUFFIXES else path.parts
     ends = ["/".join(parts[start:]).removesuffix("_leftImg8bit") for start in range(len(parts))]
-    return next((end for end in (entry, *ends) if end in known), entry)
+    composed = [unicodedata.normalize("NFC", end) for end in (entry, *ends)]  # as the ids of files are; not so on a Mac
+    return next((end for end in (entry, *ends, *composed) if end in known), entry)
 
 
 def _entries(section: Partition, data_name: str, file: str) -> list[str]:

@@ -84,10 +84,25 @@ class Manifest(BaseModel):
         """Return what tells its data from others'."""
         return Seen(_sum(self.labeled), None if self.val is None else _sum(self.val), self.masks)
 
-    def lists(self) -> dict[str, set[str]]:
-        """Return the images of each list by its name; an older run did not keep `val`."""
-        named = {"labeled": self.labeled, "unlabeled": self.unlabeled, "val": self.val}
-        return {name: set(ids) for name, ids in named.items() if ids is not None}
+    def differs(self, now: Mapping[str, Collection[str]], uses_unlabeled: bool) -> str:
+        """Say how the images of a run differ from what they would be now; nothing if they do not.
+
+        Args:
+            now: `labeled`, `unlabeled` and `val`: ids.
+            uses_unlabeled: of the run's method; what it never sees makes no other run.
+
+        Returns:
+            Counts then and now, and the first names; of `val` nothing if an older run did not keep it.
+        """
+        named = {"labelled": "labeled", "unlabelled": "unlabeled", "to evaluate on": "val"}
+        kept = {words: key for words, key in named.items() if key != "unlabeled" or uses_unlabeled}
+        pairs = {words: (getattr(self, key), now[key]) for words, key in kept.items()}
+        lists = {words: (set(then), set(here)) for words, (then, here) in pairs.items() if then is not None}
+        other = sorted(set().union(*(then ^ here for then, here in lists.values())))
+        if not other:
+            return ""
+        before, after = (" / ".join(str(len(pair[side])) for pair in lists.values()) for side in (0, 1))
+        return f"{' / '.join(lists)}: {before} then, {after} now; differing: {some(other)}"
 
 
 def read_manifest(path: Path) -> Manifest:

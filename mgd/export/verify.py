@@ -1,5 +1,6 @@
 """An exported file beside the network it was made of, on real images."""
 
+import errno
 import shutil
 import statistics
 import time
@@ -22,6 +23,7 @@ AGREE_AT_LEAST = 99.9
 INT8_AGREE_AT_LEAST = 95.0
 WARM_UP, REPETITIONS = 3, 30
 FLOAT_LAYERS = (0, 3, 8, 16)
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 class Sample(NamedTuple):
@@ -197,6 +199,8 @@ def verified_export(
 
 
 def _refusal(what: str, error: Exception, target: Target) -> UserError:
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return UserError(f"the file cannot be written: {error.strerror}; make room, or name another --output")
     return UserError(f"{what}{'; leave out --dynamic' if target.dynamic else ''}: {one_line(error, 300)}")
 
 

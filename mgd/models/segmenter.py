@@ -323,6 +323,7 @@ def load_segmenter(source: str | Path, **download) -> Segmenter:
         if values:  # what the weights were trained with, whatever timm may say of the backbone one day
             buffer.copy_(torch.tensor(values).view(1, 3, 1, 1))
     try:
+        open(folder / "model.safetensors", "rb").close()  # if it may not be read: safetensors says it is not there
         weights = load_file(folder / "model.safetensors")
         if odd := [
             name for name, tensor in weights.items() if tensor.is_floating_point() and not tensor.isfinite().all()

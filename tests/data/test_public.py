@@ -1,5 +1,7 @@
 """VOC and Cityscapes on small trees laid out like the originals; the public lists."""
 
+import unicodedata
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -220,6 +222,9 @@ def test_lists_of_ones_own(tmp_path):
         split(section, ["a", "c"], ["sub/d", "b"], 0)
     with pytest.raises(UserError, match="x: names a twice"):
         match(["a", "q/a.png"], ["a"], "x")
+    decomposed = unicodedata.normalize("NFD", "sub/feuillé")  # as a Mac lists its files
+    for known in ("sub/feuillé", decomposed):  # of a folder, and as another data set may have it
+        assert match([f"/x/{decomposed}.png"], ["sub/rest", known], "x") == [known]
     (tmp_path / "u.txt").write_text("a")
     with pytest.raises(UserError, match="a stands in both lists"):
         split(section, ["a", "b"], [], 0)

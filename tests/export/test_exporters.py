@@ -1,6 +1,7 @@
 """Every format that is installed: the file against the network, in the file's own runtime."""
 
 import copy
+import errno
 
 import numpy as np
 import pytest
@@ -158,6 +159,15 @@ def test_int8_tries_again_with_more_layers_in_float(tmp_path):
 def test_a_file_that_does_not_verify_is_an_error(tmp_path):
     with pytest.raises(UserError, match="--format rounded: the file does not do what the network does and was not"):
         verified_export(Rounded(), "rounded", network(), Target(64, 96), tmp_path / "a", samples(2), None, 1.0, 1)
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(tmp_path):
+    class Full(Exporter):
+        def write(self, *_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="^the file cannot be written: No space left on device; make room, or name"):
+        verified_export(Full(), "full", network(), Target(64, 96), tmp_path / "model.x", samples(1), None, 1.0, 1)
 
 
 def test_judge():

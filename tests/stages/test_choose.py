@@ -208,6 +208,22 @@ def test_a_second_choice_goes_on_from_the_lists_of_the_first(write_recipe, choos
     assert out.strip().splitlines()[-1].count("labeled_list") == 2, "the command names the new lists alone"
 
 
+@pytest.mark.parametrize("written", [("selected.txt",), ("selected.txt", "selected.png", "unlabeled.txt")])
+def test_a_choice_that_was_cut_off_is_made_again(write_recipe, choose, tmp_path, written):
+    recipe = write_recipe()
+    assert choose(recipe, "whole", 3)[0] == 0
+    (tmp_path / "cut").mkdir()
+    for name in written:
+        (tmp_path / "cut" / name).write_text("torn")
+    status, _, error = choose(recipe, "cut", 3)
+    assert status == 0, error
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
+    (tmp_path / "cut" / "labeled.txt").unlink()
+    (tmp_path / "cut" / "mine.txt").write_text("years of work")
+    assert "holds other files; name another" in choose(recipe, "cut", 3)[2]
+
+
 def test_two_choices_at_once_do_not_mix(write_recipe, choose, tmp_path, monkeypatch):
     def slowly(found, *args):
         if not (tmp_path / "picks").exists():  # the first is about to write when the second begins, and ends
