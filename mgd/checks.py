@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -53,13 +53,15 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
                 f"{recipe.run_dir} is finished, but what it learned from cannot be read: {error}"
             ) from error
         return done  # a result outlives its images; whoever needs them is told so
-    skipped = _still_unusable(there.skipped, splits, drawn, recipe.data)
+    counts_unlabeled = recipe.depends_on_unlabeled
+    unlabeled = drawn.unlabeled if counts_unlabeled else ()
+    left_out = tuple(there.skipped)
+    skipped = _still_unusable(without_augmentation(recipe.data), drawn.labeled, unlabeled, left_out)
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
     val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
     now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}
-    uses_unlabeled = recipe.method_class.uses_unlabeled
-    differing = [there.differs(now, uses_unlabeled)]
-    differing += ["another [data.unlabeled]"] if uses_unlabeled and not same_pool else []
+    differing = [there.differs(now, counts_unlabeled)]
+    differing += ["another [data.unlabeled]"] if counts_unlabeled and not same_pool else []
     if any(differing):
         raise UserError(
             f"{recipe.run_dir} was trained on other images than [data] and [partition] name now "
@@ -76,18 +78,32 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
     return done
 
 
-def _still_unusable(skipped: Iterable[str], splits: Splits, drawn: Split, section: DataSection) -> set[str]:
-    """Return which of the images that a run left out, as `Split.skipped` names them, cannot be used now either."""
-    skipped, prefix, found = set(skipped), "validation: ", set()
-    val = [name for name in splits.val["id"] if prefix + name in skipped]
+@functools.lru_cache(maxsize=32)  # a finished run is asked about again and again
+def _still_unusable(
+    section: DataSection, labeled: tuple[str, ...], unlabeled: tuple[str, ...], left_out: tuple[str, ...]
+) -> frozenset[str]:
+    """Return which of the images that a run left out, as `Split.skipped` names them, cannot be used now either.
+
+    Args:
+        section: the data.
+        labeled: training images whose masks a run would read now.
+        unlabeled: those that it would read without.
+        left_out: then.
+    """
+    splits, prefix, found = load_splits(section), "validation: ", set()
+    val = [name for name in splits.val["id"] if prefix + name in left_out]
     for source, ids, with_label, before in (
-        (splits.labeled, skipped.intersection(drawn.labeled), True, ""),
-        (splits.without_masks(), skipped.intersection(drawn.unlabeled), False, ""),
+        (splits.labeled, set(labeled).intersection(left_out), True, ""),
+        (splits.without_masks(), set(unlabeled).intersection(left_out), False, ""),
         (splits.val, val, True, prefix),
     ):
         images = Images(select_ids(source, ids), splits.decoder, section.image_scale)
-        found |= {before + name for name in scan(images, with_label, section.workers, "what was left out").problems}
-    return found
+        for index, name in enumerate(images.ids):
+            try:
+                images.read(index, with_label)
+            except UserError:
+                found.add(before + name)
+    return frozenset(found)
 
 
 def _ways_out(recipe: Recipe) -> str:
@@ -138,27 +154,31 @@ def _check_networks(
     images = local_batch * recipe.method_class.images_per_label
     for where, section in recipe.networks.items():
         try:
-            check_trainable(where, section, num_classes, images, recipe.data.crop, several_processes, whole)
+            size = check_trainable(where, section, num_classes, images, recipe.data.crop, several_processes, whole)
+            if size is not None:
+                recipe.method_class.check_features(recipe.method, where, size)
         except UserError as error:
             raise UserError(f"{recipe.source}: {error}") from error  # it may be a teacher's, which nobody typed
         whole = None
-    check_features(recipe, recipe.networks, num_classes)
 
 
-def check_features(recipe: Recipe, sections: Mapping[str, ModelSection], num_classes: int) -> None:
-    """Hold the features that networks have of a training crop against what the method asks of them.
+def check_teachers(recipe: Recipe, sections: Mapping[str, ModelSection], num_classes: int) -> None:
+    """Hold what teachers make of a training crop against what the method asks of it; of cached ones the cells are kept.
 
     Args:
-        recipe: its `[data] crop` and `[method]`.
-        sections: of networks, by their place in the recipe.
+        recipe: its `[data] crop`, `[method]` and `[cache]`.
+        sections: of the frozen teachers, by name.
         num_classes: K.
 
     Raises:
-        UserError: they are too coarse.
+        UserError: a teacher cannot take such a crop, or its features are too coarse.
     """
-    for where, section in sections.items():
-        if size := features_size(section, num_classes, recipe.data.crop):
-            recipe.method_class.check_features(recipe.method, where, size)
+    for name, section in sections.items() if recipe.cache is None else ():
+        try:
+            if size := features_size(section, num_classes, recipe.data.crop):
+                recipe.method_class.check_features(recipe.method, f"teachers.{name}", size)
+        except UserError as error:
+            raise UserError(f"{recipe.source}: {error}") from error
 
 
 def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split, tuple[int, int]]:

@@ -104,9 +104,9 @@ def read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there; start over with --restart") from error
-    except OSError as error:
+    except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; open it to your user") from error
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}; delete it, or start over with --restart") from error
     if not isinstance(value, dict) or (missing := [key for key in keys if key not in value]):
         what = f"it lacks {missing[0]!r}" if isinstance(value, dict) else "it is no object"

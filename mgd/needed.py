@@ -133,12 +133,20 @@ def refuse_students(recipe: Recipe) -> None:
         if teacher.checkpoint is None:
             continue
         path = find_model(teacher.checkpoint, weights=False) / "recipe.toml"
-        if path.is_file() and load(path).is_distilled:
+        if path.is_file() and _is_distilled(path):
             raise UserError(
                 f"[teachers.{name}] checkpoint = {teacher.checkpoint!r} is itself a student of teachers; name one "
                 "that was trained without (to distil from it on purpose, copy its model.safetensors and "
                 "config.json alone to another folder)"
             )
+
+
+def _is_distilled(path: Path) -> bool:
+    """Whether a recipe is a student's; not known of one that cannot be read here, as of a plug-in that is missing."""
+    try:
+        return load(path).is_distilled
+    except UserError:
+        return False
 
 
 def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:

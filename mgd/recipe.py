@@ -84,6 +84,11 @@ class Recipe:
         return dict(self.method_class.sections(self.method, self.student))
 
     @property
+    def depends_on_unlabeled(self) -> bool:
+        """Whether the unlabelled images shape a run: its method sees them, or an epoch is a pass over them."""
+        return self.method_class.uses_unlabeled or self.optim.epochs is not None
+
+    @property
     def is_distilled(self) -> bool:
         """Whether its network learns from teachers, frozen or trained along with it."""
         return bool(self.teachers) or any(where.startswith("method.teachers.") for where in self.networks)

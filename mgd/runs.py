@@ -124,7 +124,7 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
     manifest = partition.manifest(recipe.partition, recipe.partition_seed) | {"teachers": dict(teachers)}
     path = folder / "partition.json"
     if (folder / "checkpoint").exists() and path.exists():
-        if changed := _changed(read_manifest(path), manifest, recipe.method_class.uses_unlabeled):
+        if changed := _changed(read_manifest(path), manifest, recipe.depends_on_unlabeled):
             raise UserError(f"{path}: {changed}; put them back, or start over: {recipe.command} --restart")
     else:  # it begins anew, and what is there was another training's
         (folder / UNLABELED).unlink(missing_ok=True)
@@ -133,13 +133,13 @@ def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], r
     write_json(path, manifest)
 
 
-def _changed(there: Manifest, manifest: Mapping[str, Any], uses_unlabeled: bool) -> str | None:
+def _changed(there: Manifest, manifest: Mapping[str, Any], counts_unlabeled: bool) -> str | None:
     """Say which of its teachers, images and masks a run that goes on does not find as they were."""
     if there.teachers != manifest["teachers"]:
         return "its teachers are not those that it began with"
-    if uses_unlabeled and there.pool != manifest["pool"]:
+    if counts_unlabeled and there.pool != manifest["pool"]:
         return "the files of [data.unlabeled] have changed since this run began"
-    if differing := there.differs(manifest, uses_unlabeled):
+    if differing := there.differs(manifest, counts_unlabeled):
         return f"the images of [data] have changed since this run began ({differing})"
     if painted := repainted(there.masks, manifest["masks"]):
         return f"masks have changed since this run began: {some(painted)}"

@@ -11,7 +11,8 @@ import sys
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
 
 import dataclasses  # noqa: E402
 import shlex  # noqa: E402
@@ -25,6 +26,7 @@ from mgd.data.lists import check_ids, write_list  # noqa: E402
 from mgd.data.partitions import draw  # noqa: E402
 from mgd.errors import UserError, some  # noqa: E402
 from mgd.files import write_text  # noqa: E402
+from mgd.locks import hold  # noqa: E402
 from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
 from mgd.plots import save_contact_sheet  # noqa: E402
 from mgd.pool import descriptions, disagreements, untrained  # noqa: E402
@@ -64,7 +66,7 @@ def main() -> None:
         raise UserError(f"--strategy {args.strategy} takes {fitting} --model, not {len(args.model)}")
     if (output / "labeled.txt").exists():
         raise UserError(f"{output / 'labeled.txt'} is there: an earlier choice; name another --output, or delete it")
-    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    there = _visible(output)
     if not there <= {*BEFORE_LABELED}:
         raise UserError(f"{output} holds other files; name another, or an empty, --output")
     if any(output.resolve().is_relative_to(place) for place in _places(recipe)):
@@ -101,14 +103,20 @@ def main() -> None:
         chosen = [pool[index] for index in cover(features, budget, known)]
     if accelerator.is_main_process:
         lists = found.lists([images.ids[index] for index in chosen])
-        if not there and (output / BEFORE_LABELED[0]).exists():
-            raise UserError(f"{output}: another choice has been written there meanwhile; name another --output")
-        _write(output, found, images, chosen, lists)
+        with hold(output, "or name another --output"):
+            if _visible(output) != there:
+                raise UserError(f"{output}: another choice has been written there meanwhile; name another --output")
+            _write(output, found, images, chosen, lists)
         row = {"strategy": args.strategy, "chosen": len(chosen), "of": len(images), "had a mask": len(labeled)}
         row |= {"labelled": len(lists[0]), "unlabelled": len(lists[1]), "held out": len(lists[2])}
         cli.print_rows([row], args.json)
         picked = [images.ids[index] for index in chosen if images.ids[index] in lists[2]]
         print(_advice(recipe, output, found, len(lists[2]), picked))
+
+
+def _visible(folder: Path) -> set[str]:
+    """Names of the files in a folder, without those of a process that was killed while it wrote."""
+    return {path.name for path in folder.glob("*") if not path.name.startswith(".")}
 
 
 def _places(recipe: Recipe) -> list[Path]:

@@ -10,10 +10,11 @@ import sys
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
 
 from mgd import cli  # noqa: E402
-from mgd.checks import check_features, check_recipe  # noqa: E402
+from mgd.checks import check_recipe, check_teachers  # noqa: E402
 from mgd.errors import UserError  # noqa: E402
 from mgd.experiment import finished_rows, run_needed, run_recipe  # noqa: E402
 from mgd.models.segmenter import load_segmenter  # noqa: E402
@@ -30,21 +31,18 @@ def main() -> None:
     if not recipe.teachers:
         raise UserError(f"{args.recipe}: has no [teachers]; its stage is stages/teacher_cps.py")
     needed = needed_recipes(recipe)
-    refuse_students(recipe)
     accelerator = cli.start(recipe)
 
     # ---- everything is checked before hours are spent ----
     if not args.restart and (rows := finished_rows(recipe, needed, accelerator)):
         return cli.print_table(accelerator, [cli.result_row(row) for row in rows], args.json)
+    refuse_students(recipe)
     if args.no_train_teachers:
         refuse_untrained({name: other for name, other in needed.items() if name in recipe.teachers})
     given = {name: load_segmenter(t.checkpoint) for name, t in recipe.teachers.items() if t.checkpoint}
     splits, partition = check_recipe(recipe, accelerator, given)
-    of_teachers = {
-        f"teachers.{name}": needed[name].student if teacher.recipe else given[name].section
-        for name, teacher in recipe.teachers.items()
-    }
-    check_features(recipe, of_teachers, len(splits.classes))
+    sections = {name: needed[name].student if name in needed else given[name].section for name in recipe.teachers}
+    check_teachers(recipe, sections, len(splits.classes))
     note_other_data(recipe, given, partition.labeled, splits.val["id"], accelerator.print)
 
     # ---- teachers and baselines, by their own recipes ----

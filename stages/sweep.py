@@ -13,7 +13,8 @@ import sys
 # This folder stands first on sys.path when a stage is started as a script, and would hide packages.
 sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
 
 import contextlib  # noqa: E402
 import shlex  # noqa: E402
@@ -99,7 +100,8 @@ def read_jobs(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
                     f"{path}, seed {seed}, and {same.source}, seed {same.run.seed}, both write "
                     f"{recipe.run_dir}; give each a [run] name of its own, with {{seed}}"
                 )
-            refuse_students(recipe)
+            if not finished(recipe):
+                refuse_students(recipe)
             needed = needed_recipes(recipe)
             for title, other in {"the run": recipe, **needed}.items():
                 writers[f"{title} of {path}, seed {seed},"] = other

@@ -199,7 +199,13 @@ def _single_thread():
 
 def forget_data():
     """Let the next run look at its files anew, as another process would."""
-    for cached in (reading._load_splits, reading._presence, checks._check_images, checks._say_once):
+    for cached in (
+        reading._load_splits,
+        reading._presence,
+        checks._check_images,
+        checks._say_once,
+        checks._still_unusable,
+    ):
         cached.cache_clear()
 
 

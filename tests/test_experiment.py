@@ -158,6 +158,24 @@ def test_images_that_change_under_an_unfinished_run(write_recipe):
         open_folder(of_cps, check_recipe(of_cps, Accelerator())[1], {}, restart=False)
 
 
+def test_images_that_lengthen_an_epoch_make_another_run(write_recipe, tmp_path):
+    """Also of a method that sees none of them: an epoch is a pass over the larger of both lists."""
+    table = tomllib.loads(write_recipe().read_text())
+    del table["optim"]["steps"]
+    table["optim"]["epochs"] = 2
+    (tmp_path / "epochs.toml").write_text(tomli_w.dumps(table))
+    recipe = load(tmp_path / "epochs.toml")
+    assert run_recipe(recipe, Accelerator())["steps"] == 4
+    path = recipe.run_dir / "partition.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"unlabeled": manifest["unlabeled"][1:]}))
+    with pytest.raises(UserError, match="was trained on other images"):
+        finished(recipe)
+    (recipe.run_dir / "metrics.json").unlink()
+    with pytest.raises(UserError, match=r"the images of \[data\] have changed since this run began"):
+        run_recipe(recipe, Accelerator())
+
+
 def test_images_to_evaluate_on_that_change_under_an_unfinished_run(write_recipe):
     recipe = load(write_recipe())
     run_recipe(recipe, Accelerator())
@@ -528,20 +546,30 @@ def test_a_folder_of_another_recipe_is_not_touched(write_recipe):
     assert run_recipe(free, Accelerator())["miou"] == done["miou"]
 
 
-def test_a_student_is_no_teacher(write_recipe, run_here, monkeypatch):
+def test_a_student_is_no_teacher(write_recipe, run_here, monkeypatch, tmp_path):
     teacher = load(write_recipe(), ["run.name=teacher"])
     run_recipe(teacher, Accelerator())
     term = {"name": "mgd", "pixel": {"teachers": ["one"]}}
-    student = load(write_recipe(run={"name": "s"}, method=term, teachers={"one": {"checkpoint": str(teacher.run_dir)}}))
+    given = {"one": {"checkpoint": str(teacher.run_dir)}}
+    student = load(write_recipe("student.toml", run={"name": "s"}, method=term, teachers=given))
     refuse_students(student)
     run_recipe(student, Accelerator(), {"one": load_segmenter(teacher.run_dir)})
     for place in (student.run_dir, student.run_dir / "model"):
         again = load(write_recipe(method=term, teachers={"one": {"checkpoint": str(place)}}))
         with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = .* is itself a student of teachers"):
             refuse_students(again)
+    elsewhere = student.run_dir / "model" / "recipe.toml"
+    text = elsewhere.read_text()
+    elsewhere.write_text(text.replace('name = "shapes"', 'name = "lidar"'))  # of a plug-in that is not installed here
+    refuse_students(again)
+    elsewhere.write_text(text)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: student.run_dir / "model")
     with pytest.raises(UserError, match=r"\[teachers.one\] checkpoint = 'org/name' is itself a student of teachers"):
         refuse_students(load(write_recipe(method=term, teachers={"one": {"checkpoint": "org/name"}})))
+    teacher.run_dir.rename(tmp_path / "away")  # a result does not need its teacher
+    for stage, flags in (("distill.py", ["--recipe"]), ("sweep.py", [])):
+        shown = run_here(stage, *flags, student.source)
+        assert shown.returncode == 0 and "| s " in shown.stdout, shown.stderr
     for stage, flags in (("distill.py", ["--recipe"]), ("sweep.py", []), ("cache_teachers.py", ["--recipe"])):
         mode = "cached" if stage == "cache_teachers.py" else "online"
         refused = run_here(stage, *flags, again.source, "--set", f"teachers.mode={mode}")

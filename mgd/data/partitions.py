@@ -84,18 +84,18 @@ class Manifest(BaseModel):
         """Return what tells its data from others'."""
         return Seen(_sum(self.labeled), None if self.val is None else _sum(self.val), self.masks)
 
-    def differs(self, now: Mapping[str, Collection[str]], uses_unlabeled: bool) -> str:
+    def differs(self, now: Mapping[str, Collection[str]], counts_unlabeled: bool) -> str:
         """Say how the images of a run differ from what they would be now; nothing if they do not.
 
         Args:
             now: `labeled`, `unlabeled` and `val`: ids.
-            uses_unlabeled: of the run's method; what it never sees makes no other run.
+            counts_unlabeled: whether other unlabelled images make another run.
 
         Returns:
             Counts then and now, and the first names; of `val` nothing if an older run did not keep it.
         """
         named = {"labelled": "labeled", "unlabelled": "unlabeled", "to evaluate on": "val"}
-        kept = {words: key for words, key in named.items() if key != "unlabeled" or uses_unlabeled}
+        kept = {words: key for words, key in named.items() if key != "unlabeled" or counts_unlabeled}
         pairs = {words: (getattr(self, key), now[key]) for words, key in kept.items()}
         lists = {words: (set(then), set(here)) for words, (then, here) in pairs.items() if then is not None}
         other = sorted(set().union(*(then ^ here for then, here in lists.values())))

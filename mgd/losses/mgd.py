@@ -31,11 +31,11 @@ def pixel_level(
     if targets[0].ndim == 3:
         totals = [total_weight(label, IGNORE_INDEX, weights) for label in targets]
         return cross_entropies(student_logits, targets, IGNORE_INDEX, weights), torch.stack(totals)
-    probabilities = torch.stack(list(targets)).detach()  # [N, B, K, H, W]
+    probabilities = torch.stack(list(targets)).detach()  # [N, B, K, H, W]; a copy: autograd keeps no inference tensors
     if weights is not None:
         probabilities = probabilities * weights[:, None, None]
-    totals = probabilities.sum(dim=(1, 2, 3, 4))
-    sums = (probabilities * student_logits.log_softmax(dim=1)).sum(dim=(1, 2, 3, 4))
+    logarithms, totals = student_logits.log_softmax(dim=1), probabilities.sum(dim=(1, 2, 3, 4))
+    sums = torch.stack([(target * logarithms).sum() for target in probabilities])  # one product at a time
     return -sums / totals.where(totals > 0, 1), totals
 
 

@@ -20,7 +20,7 @@ def check_trainable(
     crop: int,
     several_processes: bool,
     whole: tuple[int, int] | None = None,
-) -> None:
+) -> tuple[int, int] | None:
     """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
 
     Args:
@@ -32,18 +32,21 @@ def check_trainable(
         several_processes: a parameter without gradient, which they cannot share, is then an error.
         whole: height and width of an image that is evaluated at once, pixels.
 
+    Returns:
+        Height and width of the features of a crop, pixels; None where only data can show them.
+
     Raises:
         UserError: the network cannot train at this size, or its weights cannot be had.
     """
     try:
-        _check(section, num_classes, images, crop, several_processes, whole)
+        return _check(section, num_classes, images, crop, several_processes, whole)
     except UserError as error:  # what builds networks knows them as [student]
         raise UserError(str(error).replace("[student", f"[{where}")) from error
 
 
 @functools.lru_cache(maxsize=32)
 def features_size(section: ModelSection, num_classes: int, crop: int) -> tuple[int, int] | None:
-    """Return the height and width of a network's features for a training crop, pixels.
+    """Return the height and width of the features that a frozen network has of a training crop, pixels.
 
     Args:
         section: the network.
@@ -51,14 +54,27 @@ def features_size(section: ModelSection, num_classes: int, crop: int) -> tuple[i
         crop: side of the crop, pixels.
 
     Returns:
-        None if only data can show it, or the network cannot train, which `check_trainable` has words for.
+        None where only data can show it, or the network cannot be built, for which its own run has words.
+
+    Raises:
+        UserError: it cannot take such a crop.
     """
     try:
         with torch.device("meta"):
-            features = nameless_segmenter(section, num_classes).eval()(torch.empty(1, 3, crop, crop)).features
-    except Exception:
+            model = nameless_segmenter(section, num_classes).eval()
+    except UserError:
         return None
-    return tuple(features.shape[-2:])
+    try:
+        return tuple(model(torch.empty(1, 3, crop, crop, device="meta")).features.shape[-2:])
+    except Exception as error:
+        try:
+            _raise_if_meta(error)
+        except _NeedsData:
+            return None
+        raise UserError(
+            f"backbone = {section.backbone!r} cannot predict crops of {crop}x{crop}: {one_line(error)}; choose another "
+            "[data] crop"
+        ) from error
 
 
 @functools.lru_cache(maxsize=32)  # teachers and students of one recipe are often checked twice
@@ -69,13 +85,14 @@ def _check(
     crop: int,
     several_processes: bool,
     whole: tuple[int, int] | None,
-) -> None:
+) -> tuple[int, int] | None:
     try:
-        _try(section, num_classes, images, crop, several_processes, whole)
+        size = _try(section, num_classes, images, crop, several_processes, whole)
     except _NeedsData:
-        pass  # which proves nothing
+        size = None  # which proves nothing
     if section.pretrained:
         build_backbone(section.backbone, section.output_stride, pretrained=True)
+    return size
 
 
 class _NeedsData(Exception):
@@ -89,7 +106,7 @@ def _try(
     crop: int,
     several_processes: bool,
     whole: tuple[int, int] | None,
-) -> None:
+) -> tuple[int, int]:
     try:
         with torch.device("meta"):
             model = nameless_segmenter(section, num_classes)
@@ -104,7 +121,8 @@ def _try(
     pixels = torch.empty(images, 3, crop, crop, device="meta")
     try:
         _try_head(model, *model.train().maps(pixels))
-        model(pixels).logits.sum().backward()
+        out = model(pixels)
+        out.logits.sum().backward()
     except (UserError, _NeedsData):
         raise
     except Exception as error:
@@ -128,6 +146,7 @@ def _try(
             f"[student] backbone = {section.backbone!r} cannot predict whole images of {whole[1]}x{whole[0]}, only "
             f'crops of {crop}x{crop}; set [eval] mode = "slide"'
         ) from error
+    return tuple(out.features.shape[-2:])
 
 
 def _try_head(model: Segmenter, low: Tensor, high: Tensor) -> None:

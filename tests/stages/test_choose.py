@@ -12,6 +12,7 @@ import tomli_w
 import torch
 from conftest import call_stage, forget_data, greedy, run_stage, torchrun
 
+from mgd import plots
 from mgd.data.candidates import Candidates
 from mgd.data.lists import read_list
 from mgd.data.partitions import split
@@ -220,6 +221,9 @@ def test_a_choice_that_was_cut_off_is_made_again(write_recipe, choose, tmp_path,
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "cut" / path.name).read_bytes() == path.read_bytes()
     (tmp_path / "cut" / "labeled.txt").unlink()
+    (tmp_path / "cut" / ".labeled.txt.4711").write_text("to")  # it was killed while it wrote
+    assert choose(recipe, "cut", 3)[0] == 0
+    (tmp_path / "cut" / "labeled.txt").unlink()
     (tmp_path / "cut" / "mine.txt").write_text("years of work")
     assert "holds other files; name another" in choose(recipe, "cut", 3)[2]
 
@@ -237,6 +241,22 @@ def test_two_choices_at_once_do_not_mix(write_recipe, choose, tmp_path, monkeypa
     assert status == 2 and "another choice has been written there meanwhile; name another --output" in error
     chosen = (tmp_path / "picks" / "selected.txt").read_text().split()
     assert set(chosen) <= set(lists(tmp_path / "picks")[0])
+
+
+def test_a_choice_that_is_being_written_is_not_one_that_was_cut_off(write_recipe, choose, tmp_path, monkeypatch):
+    refused = []
+
+    def slowly(*args):
+        monkeypatch.undo()
+        refused.append(choose(recipe, "picks", 3, "--set", "run.seed=1"))
+        return sheet(*args)
+
+    recipe, sheet = write_recipe(), plots.save_contact_sheet
+    monkeypatch.setattr(plots, "save_contact_sheet", slowly)
+    assert choose(recipe, "picks", 2)[0] == 0
+    ((status, _, error),) = refused
+    assert status == 75 and "picks is being written by another process" in error
+    assert len((tmp_path / "picks" / "selected.txt").read_text().split()) == 2
 
 
 @pytest.mark.slow
