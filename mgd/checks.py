@@ -175,8 +175,9 @@ def check_teachers(recipe: Recipe, sections: Mapping[str, ModelSection], num_cla
     """
     for name, section in sections.items() if recipe.cache is None else ():
         try:
-            if size := features_size(section, num_classes, recipe.data.crop):
-                recipe.method_class.check_features(recipe.method, f"teachers.{name}", size)
+            where = f"teachers.{name}"
+            if size := features_size(where, section, num_classes, recipe.data.crop):
+                recipe.method_class.check_features(recipe.method, where, size)
         except UserError as error:
             raise UserError(f"{recipe.source}: {error}") from error
 

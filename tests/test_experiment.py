@@ -80,6 +80,15 @@ def test_regions_finer_than_features_are_refused_before_a_teacher_is_trained(wri
     assert run_here("distill.py", "--recipe", student, "--set", "method.region.grid=2").returncode == 0
 
 
+def test_a_teacher_that_cannot_take_the_students_crops_is_found_before_it_is_trained(write_recipe, run_here, tmp_path):
+    swin = {"backbone": "swin_tiny_patch4_window7_224", "output_stride": 32}
+    teacher = write_recipe("teacher.toml", run={"name": "teacher"}, student=swin, data={"crop": 224})
+    student = write_recipe(method={"name": "kd", "distill_from": ["one"]}, teachers={"one": {"recipe": str(teacher)}})
+    refused = run_here("distill.py", "--recipe", student)
+    assert refused.returncode == 2 and "[teachers.one] backbone = 'swin_tiny_" in refused.stderr
+    assert "cannot predict crops of 32x32" in refused.stderr and not (tmp_path / "runs").exists()
+
+
 def test_regions_finer_than_features_of_teachers_that_train_along(write_recipe, run_here, tmp_path):
     path = write_recipe(method=ONLINE)
     refused = run_here("teacher_cps.py", "--recipe", path, "--set", "method.region.grid=3")

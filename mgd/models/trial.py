@@ -45,10 +45,11 @@ def check_trainable(
 
 
 @functools.lru_cache(maxsize=32)
-def features_size(section: ModelSection, num_classes: int, crop: int) -> tuple[int, int] | None:
+def features_size(where: str, section: ModelSection, num_classes: int, crop: int) -> tuple[int, int] | None:
     """Return the height and width of the features that a frozen network has of a training crop, pixels.
 
     Args:
+        where: the network's place in the recipe.
         section: the network.
         num_classes: K.
         crop: side of the crop, pixels.
@@ -72,8 +73,8 @@ def features_size(section: ModelSection, num_classes: int, crop: int) -> tuple[i
         except _NeedsData:
             return None
         raise UserError(
-            f"backbone = {section.backbone!r} cannot predict crops of {crop}x{crop}: {one_line(error)}; choose another "
-            "[data] crop"
+            f"[{where}] backbone = {section.backbone!r} cannot predict crops of {crop}x{crop}: {one_line(error)}; "
+            "choose another [data] crop"
         ) from error
 
 
