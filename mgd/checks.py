@@ -54,9 +54,8 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
             ) from error
         return done  # a result outlives its images; whoever needs them is told so
     counts_unlabeled = recipe.depends_on_unlabeled
-    unlabeled = drawn.unlabeled if counts_unlabeled else ()
-    left_out = tuple(there.skipped)
-    skipped = _still_unusable(without_augmentation(recipe.data), drawn.labeled, unlabeled, left_out)
+    pool_ids = drawn.unlabeled if counts_unlabeled else ()
+    skipped = _still_unusable(without_augmentation(recipe.data), drawn.labeled, pool_ids, left_out=tuple(there.skipped))
     labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
     val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
     now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}

@@ -100,15 +100,14 @@ def read_jobs(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
                     f"{path}, seed {seed}, and {same.source}, seed {same.run.seed}, both write "
                     f"{recipe.run_dir}; give each a [run] name of its own, with {{seed}}"
                 )
-            if not finished(recipe):
-                refuse_students(recipe)
             needed = needed_recipes(recipe)
             for title, other in {"the run": recipe, **needed}.items():
                 writers[f"{title} of {path}, seed {seed},"] = other
             jobs[recipe.run_dir.resolve()] = Job(recipe, sets, folders_of(recipe, needed))
     check_folders(writers)
     for recipe in {recipe.run_dir.resolve(): recipe for recipe in writers.values()}.values():
-        finished(recipe)
+        if not finished(recipe):
+            refuse_students(recipe)
     return jobs
 
 

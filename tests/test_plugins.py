@@ -260,8 +260,15 @@ def test_heads_that_return_something_else_are_refused(forward, expected, monkeyp
         lambda self, low, high: (low[:, :4] * (1.0 if self.training else low.mean().item()), high),
     ):
         monkeypatch.setattr(head, "forward", needs_data)
-        trial._check.cache_clear()
+        trial._try.cache_clear()
         check_trainable("student", section, 4, 2, 64, False, (70, 80))  # cannot be tried, which is no mistake
+
+    def looks_at_values(self, *_):
+        nn.Module.__init__(self)
+        torch.zeros(1).item()
+
+    monkeypatch.setattr(head, "__init__", looks_at_values)
+    assert trial.features_size("teachers.a", section, 4, 64) is None  # nor is it of a frozen one
     with pytest.raises(UserError, match="no such model"):
         check_trainable("student", section.model_copy(update={"backbone": "nothing"}), 4, 2, 64, False)
 

@@ -94,10 +94,12 @@ class Manifest(BaseModel):
         Returns:
             Counts then and now, and the first names; of `val` nothing if an older run did not keep it.
         """
-        named = {"labelled": "labeled", "unlabelled": "unlabeled", "to evaluate on": "val"}
-        kept = {words: key for words, key in named.items() if key != "unlabeled" or counts_unlabeled}
-        pairs = {words: (getattr(self, key), now[key]) for words, key in kept.items()}
-        lists = {words: (set(then), set(here)) for words, (then, here) in pairs.items() if then is not None}
+        named = {
+            "labelled": (self.labeled, now["labeled"]),
+            "unlabelled": (self.unlabeled if counts_unlabeled else None, now["unlabeled"]),
+            "to evaluate on": (self.val, now["val"]),
+        }
+        lists = {words: (set(then), set(here)) for words, (then, here) in named.items() if then is not None}
         other = sorted(set().union(*(then ^ here for then, here in lists.values())))
         if not other:
             return ""

@@ -2,6 +2,8 @@
 
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,9 @@ from mgd.models.backbones import build_backbone
 from mgd.models.segmenter import Segmenter, nameless_segmenter
 from mgd.sections import ModelSection
 
+Size = tuple[int, int]
+"""Height and width, pixels."""
+
 
 def check_trainable(
     where: str,
@@ -19,8 +24,8 @@ def check_trainable(
     images: int,
     crop: int,
     several_processes: bool,
-    whole: tuple[int, int] | None = None,
-) -> tuple[int, int] | None:
+    whole: Size | None = None,
+) -> Size | None:
     """Try one step without a byte of weights (meta device), and look for the ImageNet weights.
 
     Args:
@@ -39,13 +44,34 @@ def check_trainable(
         UserError: the network cannot train at this size, or its weights cannot be had.
     """
     try:
-        return _check(section, num_classes, images, crop, several_processes, whole)
+        size = _try(section, num_classes, images, crop, several_processes, whole)
+        if section.pretrained:
+            _check_weights(section.backbone, section.output_stride)
+        return size
     except UserError as error:  # what builds networks knows them as [student]
         raise UserError(str(error).replace("[student", f"[{where}")) from error
 
 
-@functools.lru_cache(maxsize=32)
-def features_size(where: str, section: ModelSection, num_classes: int, crop: int) -> tuple[int, int] | None:
+class _NeedsData(Exception):
+    """Something that cannot be tried on the meta device, which has no values."""
+
+
+def _tried(trial: Callable[..., Size]) -> Callable[..., Size | None]:
+    """Remember what a trial showed, as teachers and students of one recipe are tried twice; None: it needs data."""
+
+    @functools.lru_cache(maxsize=32)
+    @functools.wraps(trial)
+    def tried(*args: Any) -> Size | None:
+        try:
+            return trial(*args)
+        except _NeedsData:  # which proves nothing
+            return None
+
+    return tried
+
+
+@_tried
+def features_size(where: str, section: ModelSection, num_classes: int, crop: int) -> Size:
     """Return the height and width of the features that a frozen network has of a training crop, pixels.
 
     Args:
@@ -61,59 +87,43 @@ def features_size(where: str, section: ModelSection, num_classes: int, crop: int
         UserError: it cannot take such a crop.
     """
     try:
-        with torch.device("meta"):
-            model = nameless_segmenter(section, num_classes).eval()
+        model = _built(section, num_classes).eval()
     except UserError:
         return None
     try:
         return tuple(model(torch.empty(1, 3, crop, crop, device="meta")).features.shape[-2:])
     except Exception as error:
-        try:
-            _raise_if_meta(error)
-        except _NeedsData:
-            return None
+        _raise_if_meta(error)
         raise UserError(
             f"[{where}] backbone = {section.backbone!r} cannot predict crops of {crop}x{crop}: {one_line(error)}; "
             "choose another [data] crop"
         ) from error
 
 
-@functools.lru_cache(maxsize=32)  # teachers and students of one recipe are often checked twice
-def _check(
-    section: ModelSection,
-    num_classes: int,
-    images: int,
-    crop: int,
-    several_processes: bool,
-    whole: tuple[int, int] | None,
-) -> tuple[int, int] | None:
+@functools.lru_cache(maxsize=32)
+def _check_weights(backbone: str, output_stride: int) -> None:
+    build_backbone(backbone, output_stride, pretrained=True)
+
+
+def _built(section: ModelSection, num_classes: int) -> Segmenter:
     try:
-        size = _try(section, num_classes, images, crop, several_processes, whole)
-    except _NeedsData:
-        size = None  # which proves nothing
-    if section.pretrained:
-        build_backbone(section.backbone, section.output_stride, pretrained=True)
-    return size
+        with torch.device("meta"):
+            return nameless_segmenter(section, num_classes)
+    except RuntimeError as error:
+        _raise_if_meta(error)
+        raise
 
 
-class _NeedsData(Exception):
-    """Something that cannot be tried on the meta device, which has no values."""
-
-
+@_tried
 def _try(
     section: ModelSection,
     num_classes: int,
     images: int,
     crop: int,
     several_processes: bool,
-    whole: tuple[int, int] | None,
-) -> tuple[int, int]:
-    try:
-        with torch.device("meta"):
-            model = nameless_segmenter(section, num_classes)
-    except RuntimeError as error:
-        _raise_if_meta(error)
-        raise
+    whole: Size | None,
+) -> Size:
+    model = _built(section, num_classes)
     if images == 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.head.modules()):
         raise UserError(
             "[optim] batch_size leaves one image a process and forward pass, on which BatchNorm cannot train; "
