@@ -61,13 +61,17 @@ SIZES = {
     },
 }
 PIXELS = {"full": "480x360", "half": "240x180"}
-# What the minutes in report.csv are.
-UNIT = {"full": "minutes, in bf16, of an H100 that six to twelve runs shared", "half": "minutes of one CPU core"}
+# What the minutes in RESULTS are.
+UNIT = {"full": "{:.1f} minutes, in bf16, of an H200 that up to fourteen runs shared", "half": "{:.0f} minutes of one CPU core"}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report*.md"}
 # What stages/report.py made of the runs so far, and what is to be said of them, the ones to prefer first; a row counts
 # while the recipe still has its steps.
 CAMVID = Path(__file__).resolve().parent / "camvid"
-RESULTS = {CAMVID / "report.csv": "", CAMVID / "report_small_boxes.csv": "; CutMix boxes were half as large"}
+RESULTS = {
+    CAMVID / "report.csv": "",
+    CAMVID / "report_full.csv": "",
+    CAMVID / "report_small_boxes.csv": "; CutMix boxes were half as large",
+}
 DATA = """\
 [data]
 name = "camvid"
@@ -184,7 +188,7 @@ def _results(table: Path) -> dict[str, dict[str, str]]:
 
 
 def result(name: str, steps: int, unit: str) -> str | None:
-    """Word what a recipe reached and what it took (minutes of `unit`), if it has been run as it stands."""
+    """Word what a recipe reached and what it took (`unit` has a place for minutes), if it has been run as it stands."""
     for table, boxes in RESULTS.items():
         row = _results(table).get(f"camvid_{name}")
         if row is None or int(row["steps"]) != steps:
@@ -194,7 +198,7 @@ def result(name: str, steps: int, unit: str) -> str | None:
         note = "" if row["method"] == "supervised" else boxes  # it mixes no images
         return (
             f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}{note}), "
-            f"{float(row['minutes']):.0f} {unit}"
+            f"{unit.format(float(row['minutes']))}"
         )
     return None
 
