@@ -53,6 +53,21 @@ def hold(folder: Path, instead: str = 'or give this run another name: --set "run
         yield
 
 
+def claim(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold the right to start what will `hold` a folder: it takes seconds to load, and others must not start it, too.
+
+    Raises:
+        Busy: another process has it.
+        UserError: its place cannot be written.
+    """
+    return hold(_claim(folder))
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether another process `hold`s a folder, or has a `claim` to it."""
+    return is_held(folder) or is_held(_claim(folder))
+
+
 def is_held(folder: Path) -> bool:
     """Whether another process `hold`s a folder now; where files cannot be locked that is unknown, False."""
     path = _lock_file(folder)
@@ -66,6 +81,11 @@ def is_held(folder: Path) -> bool:
         except OSError:
             return False
     return False
+
+
+def _claim(folder: Path) -> Path:
+    folder = Path(os.path.realpath(folder))
+    return folder.with_name(f"{folder.name}.start")
 
 
 def _lock_file(folder: Path) -> Path:

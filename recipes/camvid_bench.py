@@ -62,7 +62,10 @@ SIZES = {
 }
 PIXELS = {"full": "480x360", "half": "240x180"}
 # What the minutes in RESULTS are.
-UNIT = {"full": "{:.1f} minutes, in bf16, of an H200 that up to fourteen runs shared", "half": "{:.0f} minutes of one CPU core"}
+UNIT = {
+    "full": "{:.1f} minutes, in bf16, of an H200 that up to fourteen runs shared",
+    "half": "{:.0f} minutes of one CPU core",
+}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report*.md"}
 # What stages/report.py made of the runs so far, and what is to be said of them, the ones to prefer first; a row counts
 # while the recipe still has its steps.

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple  # noqa: E402
 from mgd import cli  # noqa: E402
 from mgd.checks import finished  # noqa: E402
 from mgd.errors import Busy, Stopped, UserError  # noqa: E402
-from mgd.locks import is_held  # noqa: E402
+from mgd.locks import claim, is_held, is_taken  # noqa: E402
 from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students  # noqa: E402
 from mgd.recipe import Recipe, load  # noqa: E402
 from mgd.runs import finished_metrics  # noqa: E402
@@ -120,7 +120,7 @@ def run_jobs(jobs: Jobs, launch: Sequence[str]) -> dict[Path, dict[str, Any] | N
     found: dict[Path, dict[str, Any] | None] = {}
     waiting_for = 0
     while left := [folder for folder in jobs if folder not in found]:
-        folder = next((folder for folder in left if not any(map(is_held, jobs[folder].folders))), None)
+        folder = next((folder for folder in left if not any(map(is_taken, jobs[folder].folders))), None)
         if folder is None:
             if len(left) != waiting_for:
                 waiting_for = len(left)
@@ -130,14 +130,17 @@ def run_jobs(jobs: Jobs, launch: Sequence[str]) -> dict[Path, dict[str, Any] | N
         job = jobs[folder]
         try:
             if not (metrics := finished_metrics(job.recipe)):
-                print(f"[{len(found) + 1}/{len(jobs)}] {job.recipe.source}, seed {job.recipe.run.seed}", flush=True)
-                status = run_stage(launch, job.recipe, job.overrides)
+                with claim(folder):
+                    print(f"[{len(found) + 1}/{len(jobs)}] {job.recipe.source}, seed {job.recipe.run.seed}", flush=True)
+                    status = run_stage(launch, job.recipe, job.overrides)
                 if status == Busy.STATUS or (status and any(map(is_held, job.folders))):
                     time.sleep(2)
-                    continue  # another sweep was quicker, by a moment; a launcher's status does not say so
+                    continue  # another process was quicker; a launcher's status does not say so
                 if not (metrics := finished_metrics(job.recipe)):
                     raise UserError(f"{job.recipe.run_dir}: ended with status {status} and left no result")
             found[folder] = metrics
+        except Busy:
+            continue  # another sweep claimed it, by a moment
         except UserError as error:
             print(f"note: {error}", flush=True)
             found[folder] = None

@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import call_stage, run_stage, stage_command, steps_done
 
-from mgd.locks import hold, is_held
+from mgd.locks import claim, hold, is_held, is_taken
 from mgd.needed import folders_of
 from mgd.recipe import load
 
@@ -69,16 +69,27 @@ def test_a_cell_that_fails_leaves_the_others_alone(cells, tmp_path):
     assert last[0].strip() == "alone-s1" and last[5].strip() == "-"
 
 
-def test_what_others_are_at_is_waited_for(cells, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("take", [hold, claim])
+def test_what_others_are_at_or_about_to_start_is_waited_for(cells, tmp_path, capsys, monkeypatch, take):
     teacher, held = tmp_path / "runs" / "teacher-s0", contextlib.ExitStack()
-    assert not is_held(teacher)
-    held.enter_context(hold(teacher))
-    assert is_held(teacher)
+    assert not is_taken(teacher)
+    held.enter_context(take(teacher))
+    assert is_taken(teacher) and is_held(teacher) == (take is hold)
     monkeypatch.setattr(time, "sleep", lambda seconds: held.close())  # the other ends as soon as it is waited for
     status, out, err = call_stage(capsys, "sweep.py", *reversed(cells), "--launch", "false")
-    assert status == 2 and "2 of 2 did not finish: under-s0, alone-s0" in err and not is_held(teacher)
+    assert status == 2 and "2 of 2 did not finish: under-s0, alone-s0" in err and not is_taken(teacher)
     order = [line for line in out.splitlines() if line.startswith(("[", "waiting"))]
     assert "alone.toml" in order[0] and order[1].startswith("waiting: all of the 1 left") and "under.toml" in order[2]
+
+
+def test_others_are_told_of_a_run_while_its_stage_still_loads(cells, tmp_path, capsys):
+    """Of many sweeps that are started together each would else load every stage in turn, to find another at it."""
+    folder, launcher = tmp_path / "runs" / "alone-s0", tmp_path / "launcher"
+    ask = f"from mgd.locks import *; from pathlib import Path; exit(7 if is_taken(Path({str(folder)!r})) else 3)"
+    launcher.write_text(f'#!/bin/sh\n{sys.executable} -c "{ask}"\n')
+    launcher.chmod(0o755)
+    status, out, _ = call_stage(capsys, "sweep.py", cells[0], "--launch", launcher)
+    assert status == 2 and "ended with status 7 and left no result" in out and not is_taken(folder)
 
 
 def test_a_run_that_is_being_written_is_known_however_it_is_named(cells, tmp_path, monkeypatch):
