@@ -5,37 +5,32 @@ python stages/benchmark.py --recipe recipes/voc_r18_1-8.toml --suite step --set 
 python stages/benchmark.py --recipe recipes/quickstart.toml --suite terms
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
-import sys
 from pathlib import Path
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+from accelerate.utils import send_to_device
 
-from accelerate.utils import send_to_device  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.benchmarks import data, evaluation, inference, step, terms  # noqa: E402
-from mgd.checks import check_classes, check_recipe  # noqa: E402
-from mgd.complexity import model_costs  # noqa: E402
-from mgd.data.loaders import StepSampler, training_loader  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import build_method, build_networks  # noqa: E402
-from mgd.files import write_json  # noqa: E402
-from mgd.machine import device_name, processor  # noqa: E402
-from mgd.markdown import markdown  # noqa: E402
-from mgd.models.saved import model_section  # noqa: E402
-from mgd.models.segmenter import load_segmenter  # noqa: E402
-from mgd.models.trial import check_trainable  # noqa: E402
-from mgd.needed import trained_teachers  # noqa: E402
-from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.run_images import training_pairs  # noqa: E402
-from mgd.sections import ModelSection  # noqa: E402
+from mgd import cli
+from mgd.benchmarks import data, evaluation, inference, step, terms
+from mgd.checks import check_classes, check_recipe
+from mgd.complexity import model_costs
+from mgd.data.loaders import StepSampler, training_loader
+from mgd.errors import UserError
+from mgd.experiment import build_method, build_networks
+from mgd.files import write_json
+from mgd.machine import device_name, processor
+from mgd.markdown import markdown
+from mgd.models.saved import model_section
+from mgd.models.segmenter import load_segmenter
+from mgd.models.trial import check_trainable
+from mgd.needed import trained_teachers
+from mgd.recipe import Recipe, load
+from mgd.run_images import training_pairs
+from mgd.sections import ModelSection
 
 FLAGS = {
     "costs": {"size"},

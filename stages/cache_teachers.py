@@ -4,25 +4,19 @@ python stages/cache_teachers.py --recipe recipes/quickstart.toml --set teachers.
     --set method.remix=predictions --set cache.cell=8
 """
 
-import os
-import signal
-import sys
+import mgd.bootstrap  # noqa: F401
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+# isort: split
 
-from mgd import cli  # noqa: E402
-from mgd.cache import cached_targets  # noqa: E402
-from mgd.cache_compare import compare  # noqa: E402
-from mgd.checks import check_recipe  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.methods.mgd import TermsSection  # noqa: E402
-from mgd.needed import refuse_students, trained_teachers  # noqa: E402
-from mgd.recipe import load  # noqa: E402
-from mgd.run_images import training_images, training_pairs  # noqa: E402
+from mgd import cli
+from mgd.cache import cached_targets
+from mgd.cache_compare import compare
+from mgd.checks import check_recipe
+from mgd.errors import UserError
+from mgd.methods.mgd import TermsSection
+from mgd.needed import refuse_students, trained_teachers
+from mgd.recipe import load
+from mgd.run_images import training_images, training_pairs
 
 
 def main() -> None:

@@ -3,36 +3,30 @@
 python stages/choose.py --recipe recipes/folder_cpu.toml --budget 50 --output picks
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
-import sys
+import dataclasses
+import shlex
+from pathlib import Path
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
-
-import dataclasses  # noqa: E402
-import shlex  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, usable_images  # noqa: E402
-from mgd.data.candidates import Candidates, find_candidates  # noqa: E402
-from mgd.data.images import Images  # noqa: E402
-from mgd.data.lists import check_ids, write_list  # noqa: E402
-from mgd.data.partitions import draw  # noqa: E402
-from mgd.errors import UserError, some  # noqa: E402
-from mgd.files import write_text  # noqa: E402
-from mgd.locks import hold  # noqa: E402
-from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
-from mgd.plots import save_contact_sheet  # noqa: E402
-from mgd.pool import descriptions, disagreements, untrained  # noqa: E402
-from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.selection import cover, most_uncertain  # noqa: E402
-from mgd.tables import labeled_amount  # noqa: E402
+from mgd import cli
+from mgd.checks import check_classes, usable_images
+from mgd.data.candidates import Candidates, find_candidates
+from mgd.data.images import Images
+from mgd.data.lists import check_ids, write_list
+from mgd.data.partitions import draw
+from mgd.errors import UserError, some
+from mgd.files import write_text
+from mgd.locks import hold
+from mgd.models.segmenter import fingerprint, load_segmenter
+from mgd.plots import save_contact_sheet
+from mgd.pool import descriptions, disagreements, untrained
+from mgd.recipe import Recipe, load
+from mgd.selection import cover, most_uncertain
+from mgd.tables import labeled_amount
 
 MODELS = {"random": (0,), "coverage": (0, 1), "disagreement": (2,)}  # strategy -> how many it can use
 ON_SHEET = 100

@@ -3,25 +3,19 @@
 python stages/demo.py --model runs/quickstart-s0 --compare runs/quickstart_supervised-s0
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
-import sys
+import importlib.util
+import threading
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+from accelerate import Accelerator
 
-import importlib.util  # noqa: E402
-import threading  # noqa: E402
-
-from accelerate import Accelerator  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.errors import Stopped, UserError  # noqa: E402
-from mgd.models.segmenter import Segmenter  # noqa: E402
+from mgd import cli
+from mgd.errors import Stopped, UserError
+from mgd.models.segmenter import Segmenter
 
 
 def main() -> None:

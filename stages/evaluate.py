@@ -3,32 +3,26 @@
 accelerate launch stages/evaluate.py --model runs/quickstart-s0
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
-import sys
+import functools
+from pathlib import Path
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
-
-import functools  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.checks import check_classes, usable_masked  # noqa: E402
-from mgd.data.reading import load_splits  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import evaluate_network  # noqa: E402
-from mgd.files import absolute  # noqa: E402
-from mgd.models.saved import find_model  # noqa: E402
-from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
-from mgd.needed import note_other_scale  # noqa: E402
-from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction  # noqa: E402
-from mgd.recipe import load  # noqa: E402
-from mgd.unseen import keep_unlabeled, note_learned, unseen_masks  # noqa: E402
+from mgd import cli
+from mgd.checks import check_classes, usable_masked
+from mgd.data.reading import load_splits
+from mgd.errors import UserError
+from mgd.experiment import evaluate_network
+from mgd.files import absolute
+from mgd.models.saved import find_model
+from mgd.models.segmenter import fingerprint, load_segmenter
+from mgd.needed import note_other_scale
+from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction
+from mgd.recipe import load
+from mgd.unseen import keep_unlabeled, note_learned, unseen_masks
 
 _MATTERS = ("data.", "eval.", "run.")
 """What of a recipe an evaluation reads."""

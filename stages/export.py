@@ -3,36 +3,31 @@
 python stages/export.py --model runs/quickstart-s0 --format onnx --size 96x96
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
 import contextlib
 import os
-import signal
-import sys
+import platform
+import re
+import tempfile
+from pathlib import Path
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+import torch
 
-import platform  # noqa: E402
-import re  # noqa: E402
-import tempfile  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import torch  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.export import samples  # noqa: E402
-from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Target  # noqa: E402
-from mgd.export.verify import verified_export  # noqa: E402
-from mgd.files import write_json  # noqa: E402
-from mgd.machine import device_name, versions  # noqa: E402
-from mgd.models.saved import find_model  # noqa: E402
-from mgd.models.segmenter import fingerprint, load_segmenter  # noqa: E402
-from mgd.recipe import load  # noqa: E402
-from mgd.registry import EXPORTERS  # noqa: E402
+from mgd import cli
+from mgd.errors import UserError
+from mgd.export import samples
+from mgd.export.base import GREATEST_SIDE, LEAST_SIDE, Target
+from mgd.export.verify import verified_export
+from mgd.files import write_json
+from mgd.machine import device_name, versions
+from mgd.models.saved import find_model
+from mgd.models.segmenter import fingerprint, load_segmenter
+from mgd.recipe import load
+from mgd.registry import EXPORTERS
 
 MOST = 16384
 """Pixels a side."""

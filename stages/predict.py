@@ -3,42 +3,37 @@
 python stages/predict.py --model runs/quickstart-s0 --input photos --output predictions
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
+import functools
+import itertools
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+import numpy as np
+import PIL.Image
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import save_file
 
-import functools  # noqa: E402
-import itertools  # noqa: E402
-from collections import Counter  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import NamedTuple  # noqa: E402
-
-import numpy as np  # noqa: E402
-import PIL.Image  # noqa: E402
-import torch  # noqa: E402
-from accelerate.utils import gather_object  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.errors import CANNOT_TAKE, UserError, one_line  # noqa: E402
-from mgd.files import write_aside  # noqa: E402
-from mgd.inference import predict_scores  # noqa: E402
-from mgd.models.saved import find_model  # noqa: E402
-from mgd.models.segmenter import Segmenter, enlarge, fingerprint, load_segmenter  # noqa: E402
-from mgd.pictures import KINDS, colorize, list_pictures, read_picture, rescale, to_tensor  # noqa: E402
-from mgd.plots import overlay  # noqa: E402
-from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction  # noqa: E402
-from mgd.progress import progress_bar  # noqa: E402
-from mgd.recipe import load, parse_eval  # noqa: E402
-from mgd.sections import Eval  # noqa: E402
+from mgd import cli
+from mgd.errors import CANNOT_TAKE, UserError, one_line
+from mgd.files import write_aside
+from mgd.inference import predict_scores
+from mgd.models.saved import find_model
+from mgd.models.segmenter import Segmenter, enlarge, fingerprint, load_segmenter
+from mgd.pictures import KINDS, colorize, list_pictures, read_picture, rescale, to_tensor
+from mgd.plots import overlay
+from mgd.predictions import check_predictions, mark_of, mark_predictions, save_prediction
+from mgd.progress import progress_bar
+from mgd.recipe import load, parse_eval
+from mgd.sections import Eval
 
 
 class Prediction(NamedTuple):

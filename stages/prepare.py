@@ -3,24 +3,18 @@
 python stages/prepare.py --recipe recipes/voc_r18_1-8.toml
 """
 
-import os
-import signal
-import sys
+import mgd.bootstrap  # noqa: F401
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+# isort: split
 
-from mgd import cli  # noqa: E402
-from mgd.checks import check_data  # noqa: E402
-from mgd.data.images import Images  # noqa: E402
-from mgd.data.reading import load_splits  # noqa: E402
-from mgd.data.scan import scan  # noqa: E402
-from mgd.data.stream import Pool, scan_pool  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.recipe import load  # noqa: E402
+from mgd import cli
+from mgd.checks import check_data
+from mgd.data.images import Images
+from mgd.data.reading import load_splits
+from mgd.data.scan import scan
+from mgd.data.stream import Pool, scan_pool
+from mgd.errors import UserError
+from mgd.recipe import load
 
 
 def main() -> None:

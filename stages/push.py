@@ -3,21 +3,15 @@
 python stages/push.py --run runs/quickstart-s0 --repo org/name --private
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
-import sys
+from pathlib import Path
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
-
-from pathlib import Path  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.hub import open_run, push, write_folder  # noqa: E402
+from mgd import cli
+from mgd.hub import open_run, push, write_folder
 
 
 def main() -> None:

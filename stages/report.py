@@ -3,33 +3,27 @@
 python stages/report.py runs --output report
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
-import os
-import signal
-import sys
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
-
-import re  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.cells import Cell, by_title, collect  # noqa: E402
-from mgd.checks import usable_masked  # noqa: E402
-from mgd.data.reading import load_splits  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import predict_samples  # noqa: E402
-from mgd.files import write_json, write_text  # noqa: E402
-from mgd.markdown import markdown  # noqa: E402
-from mgd.models.segmenter import load_segmenter  # noqa: E402
-from mgd.pictures import evenly  # noqa: E402
-from mgd.plots import plot_costs, plot_partitions, save_overlays  # noqa: E402
-from mgd.report import as_csv, notes, result_rows, tables  # noqa: E402
+from mgd import cli
+from mgd.cells import Cell, by_title, collect
+from mgd.checks import usable_masked
+from mgd.data.reading import load_splits
+from mgd.errors import UserError
+from mgd.experiment import predict_samples
+from mgd.files import write_json, write_text
+from mgd.markdown import markdown
+from mgd.models.segmenter import load_segmenter
+from mgd.pictures import evenly
+from mgd.plots import plot_costs, plot_partitions, save_overlays
+from mgd.report import as_csv, notes, result_rows, tables
 
 MAX_COLUMNS = 12
 ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")

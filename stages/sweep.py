@@ -5,35 +5,31 @@ Two sweeps side by side, say one a GPU, share the work: neither starts what the 
 python stages/sweep.py recipes/camvid/half_lite0_1-16*.toml --seeds 0 1 2
 """
 
+import mgd.bootstrap  # noqa: F401
+
+# isort: split
+
 import argparse
+import contextlib
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
-
-import contextlib  # noqa: E402
-import shlex  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import subprocess  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterator, Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any, NamedTuple  # noqa: E402
-
-from mgd import cli  # noqa: E402
-from mgd.checks import finished  # noqa: E402
-from mgd.errors import Busy, Stopped, UserError  # noqa: E402
-from mgd.locks import claim, is_held, is_taken  # noqa: E402
-from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students  # noqa: E402
-from mgd.recipe import Recipe, load  # noqa: E402
-from mgd.runs import finished_metrics  # noqa: E402
-from mgd.tables import tidy  # noqa: E402
+from mgd import cli
+from mgd.checks import finished
+from mgd.errors import Busy, Stopped, UserError
+from mgd.locks import claim, is_held, is_taken
+from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students
+from mgd.recipe import Recipe, load
+from mgd.runs import finished_metrics
+from mgd.tables import tidy
 
 STAGES = Path(__file__).resolve().parent
 

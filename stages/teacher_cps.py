@@ -3,22 +3,16 @@
 accelerate launch stages/teacher_cps.py --recipe recipes/quickstart_deep.toml
 """
 
-import os
-import signal
-import sys
+import mgd.bootstrap  # noqa: F401
 
-# This folder stands first on sys.path when a stage is started as a script, and would hide packages.
-sys.path[:] = [p for p in sys.path if os.path.realpath(p) != os.path.dirname(os.path.realpath(__file__))]
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the workers
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until cli.run: Ctrl-C while torch loads is no traceback
+# isort: split
 
-from mgd import cli  # noqa: E402
-from mgd.checks import check_recipe  # noqa: E402
-from mgd.errors import UserError  # noqa: E402
-from mgd.experiment import finished_rows, run_needed, run_recipe  # noqa: E402
-from mgd.needed import needed_recipes  # noqa: E402
-from mgd.recipe import load  # noqa: E402
+from mgd import cli
+from mgd.checks import check_recipe
+from mgd.errors import UserError
+from mgd.experiment import finished_rows, run_needed, run_recipe
+from mgd.needed import needed_recipes
+from mgd.recipe import load
 
 
 def main() -> None:

@@ -16,11 +16,9 @@ from mgd.errors import UserError
 
 @pytest.fixture
 def prepare(monkeypatch):
-    path = list(sys.path)
     spec = importlib.util.spec_from_file_location("prepare_stage", ROOT / "stages" / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.path[:] = path
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
