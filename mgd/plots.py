@@ -119,34 +119,36 @@ def _legend(
 
 
 def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float, float | None]]], output: Path) -> None:
-    """Draw mIoU against the cost of the whole network, as Fig. 1 of the paper.
+    """Draw mIoU against the cost of the whole network, as Fig. 1 of the paper; points of one cost side by side.
 
     Args:
         panels: by title, the points: method, text, GMACs, val mIoU %, spread.
         output: PNG file.
     """
-    figure, axes = _panels(len(panels))
+    figure, axes = _panels(len(panels), max(map(len, panels.values()), default=0))
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
-        for method in sorted({point[0] for point in points}):
-            chosen = [point for point in points if point[0] == method]
-            _, _, costs, means, spreads = zip(*chosen, strict=True)
-            axis.errorbar(costs, means, [spread or 0.0 for spread in spreads], fmt="o", capsize=3, label=method)
-        for _, text, gmacs, miou, _ in points:
-            axis.annotate(text, (gmacs, miou), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        colors = {method: f"C{index % 10}" for index, method in enumerate(sorted({point[0] for point in points}))}
+        best_first = sorted(points, key=lambda point: -point[3])
+        for number, (method, text, gmacs, miou, spread) in enumerate(best_first, 1):
+            alike = [point for point in best_first if point[2] == gmacs]
+            place = gmacs * _side_by_side(len(alike))[alike.index(best_first[number - 1])]
+            label = f"{number} {text} ({method})"
+            axis.errorbar(place, miou, spread or 0.0, fmt="o", capsize=3, color=colors[method], label=label)
+            axis.annotate(str(number), (place, miou), xytext=(3, 3), textcoords="offset points", fontsize=7)
         axis.set(xlabel="GMACs of backbone and head, one crop", ylabel="val mIoU, %", xscale="log")
         axis.set_title(title, fontsize="small")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(LogFormatter())  # the fewer labels, the more decades
         axis.tick_params(axis="x", which="both", labelsize=7)
         axis.margins(x=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
 
 
 def plot_partitions(
     panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float | None]]]], output: Path
 ) -> None:
-    """Draw mIoU against the number of labelled images, as Fig. 3 of the paper.
+    """Draw mIoU against the number of labelled images, as Fig. 3 of the paper; lines side by side.
 
     Args:
         panels: by title and name of the line, the points: labelled images, val mIoU %, spread.
@@ -156,9 +158,10 @@ def plot_partitions(
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
         for index, (name, points) in enumerate(lines.items()):
             counts, means, spreads = zip(*sorted(points), strict=True)
+            places = np.array(counts) * _side_by_side(len(lines))[index]
             errors = [spread or 0.0 for spread in spreads]
             style = LINES[index // 10 % len(LINES)]  # colours come again after ten
-            axis.errorbar(counts, means, errors, marker="o", capsize=3, label=name, linestyle=style)
+            axis.errorbar(places, means, errors, marker="o", capsize=3, label=name, linestyle=style)
         counts = sorted({point[0] for points in lines.values() for point in points})
         axis.set(xlabel="labelled images", ylabel="val mIoU, %", xscale="log")
         axis.set_xticks(counts, [str(count) for count in counts])
@@ -168,8 +171,13 @@ def plot_partitions(
     write_aside(output, lambda path: figure.savefig(path, dpi=100, format="png"))
 
 
-def _panels(count: int, names: int = 0) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels side by side, high enough for a legend of so many names."""
+def _side_by_side(count: int) -> np.ndarray:
+    """Return factors that move points at one place of a logarithmic axis apart: none covers another's spread."""
+    return np.exp(np.linspace(-1, 1, count) * 0.02 * min(count - 1, 8)) if count > 1 else np.ones(1)
+
+
+def _panels(count: int, names: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels side by side, each with room for a legend of so many names beside it."""
     height = max(4.5, 1 + names / 6)
-    figure = Figure(figsize=(6 * count, height), layout="constrained")
+    figure = Figure(figsize=(8.5 * count, height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
