@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 
-_SCRIPT = getattr(sys.modules["__main__"], "__file__", None)
-if _SCRIPT:  # its folder stands first on the search path and would hide packages, as stages/evaluate.py does `evaluate`
-    _FOLDER = os.path.dirname(os.path.realpath(_SCRIPT))
+# The script's folder stands first on the search path and would hide packages, as stages/evaluate.py does `evaluate`.
+if os.path.isfile(sys.argv[0]):  # and not what __main__ is, under a profiler
+    _FOLDER = os.path.dirname(os.path.realpath(sys.argv[0]))
     sys.path[:] = [path for path in sys.path if os.path.realpath(path) != _FOLDER]
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch loads; spinning starves the data workers

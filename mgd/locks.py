@@ -16,18 +16,21 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def hold(folder: Path, instead: str = 'or give this run another name: --set "run.name=NAME-s{seed}"') -> Iterator[None]:
+def hold(
+    folder: Path, instead: str = 'or give this run another name: --set "run.name=NAME-s{seed}"', kind: str = "lock"
+) -> Iterator[None]:
     """Keep a folder to this process: two that write it at once would ruin each other's work.
 
     Args:
         folder: of a run, or a cache.
         instead: what else than waiting there is to do.
+        kind: of the lock; locks of one kind exclude each other.
 
     Raises:
         Busy: another process holds it.
         UserError: its place cannot be written.
     """
-    path = _lock_file(folder)
+    path = _lock_file(folder, kind)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115
@@ -54,23 +57,23 @@ def hold(folder: Path, instead: str = 'or give this run another name: --set "run
 
 
 def claim(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold the right to start what will `hold` a folder: it takes seconds to load, and others must not start it, too.
+    """Reserve a folder before the stage that will `hold` it has loaded: no other sweep starts that stage meanwhile.
 
     Raises:
-        Busy: another process has it.
+        Busy: another process has reserved it.
         UserError: its place cannot be written.
     """
-    return hold(_claim(folder))
+    return hold(folder, kind="start")
 
 
 def is_taken(folder: Path) -> bool:
     """Whether another process `hold`s a folder, or has a `claim` to it."""
-    return is_held(folder) or is_held(_claim(folder))
+    return is_held(folder) or is_held(folder, "start")
 
 
-def is_held(folder: Path) -> bool:
+def is_held(folder: Path, kind: str = "lock") -> bool:
     """Whether another process `hold`s a folder now; where files cannot be locked that is unknown, False."""
-    path = _lock_file(folder)
+    path = _lock_file(folder, kind)
     if not fcntl or not path.exists():
         return False
     with open(path) as file:
@@ -83,14 +86,9 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _claim(folder: Path) -> Path:
-    folder = Path(os.path.realpath(folder))
-    return folder.with_name(f"{folder.name}.start")
-
-
-def _lock_file(folder: Path) -> Path:
+def _lock_file(folder: Path, kind: str) -> Path:
     folder = Path(os.path.realpath(folder))  # "." has no name, and a link is another's name
-    return folder.parent / f".{folder.name}.lock"
+    return folder.parent / f".{folder.name}.{kind}"
 
 
 def _lock(file: TextIO) -> None:

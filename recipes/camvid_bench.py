@@ -4,6 +4,7 @@ import csv
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import paper
 
@@ -61,20 +62,31 @@ SIZES = {
     },
 }
 PIXELS = {"full": "480x360", "half": "240x180"}
-# What the minutes in RESULTS are.
-UNIT = {
-    "full": "{:.1f} minutes, in bf16, of an H200 that up to fourteen runs shared",
-    "half": "{:.0f} minutes of one CPU core",
-}
 MACHINE = {"full": "a GPU is meant", "half": "others of its kind: recipes/camvid/report*.md"}
-# What stages/report.py made of the runs so far, and what is to be said of them, the ones to prefer first; a row counts
-# while the recipe still has its steps.
 CAMVID = Path(__file__).resolve().parent / "camvid"
-RESULTS = {
-    CAMVID / "report.csv": "",
-    CAMVID / "report_full.csv": "",
-    CAMVID / "report_small_boxes.csv": "; CutMix boxes were half as large",
-}
+
+
+class Results(NamedTuple):
+    """What stages/report.py made of the runs of one machine."""
+
+    table: Path
+    size: str
+    minutes: str
+    boxes: str = ""
+    """What is to be said of runs that mix images."""
+
+
+# Those to prefer first; a row counts while the recipe still has its steps.
+RESULTS = (
+    Results(CAMVID / "report.csv", "half", "{:.0f} minutes of one CPU core"),
+    Results(CAMVID / "report_full.csv", "full", "{:.1f} minutes, in bf16, of an H200 that up to fourteen runs shared"),
+    Results(
+        CAMVID / "report_small_boxes.csv",
+        "half",
+        "{:.0f} minutes of one CPU core",
+        "; CutMix boxes were half as large",
+    ),
+)
 DATA = """\
 [data]
 name = "camvid"
@@ -190,18 +202,18 @@ def _results(table: Path) -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
-def result(name: str, steps: int, unit: str) -> str | None:
-    """Word what a recipe reached and what it took (`unit` has a place for minutes), if it has been run as it stands."""
-    for table, boxes in RESULTS.items():
-        row = _results(table).get(f"camvid_{name}")
-        if row is None or int(row["steps"]) != steps:
+def result(name: str, steps: int) -> str | None:
+    """Word what a recipe reached and what it took, if it has been run as it stands."""
+    for results in RESULTS:
+        row = _results(results.table).get(f"camvid_{name}")
+        if not name.startswith(results.size) or row is None or int(row["steps"]) != steps:
             continue
         spread = f" ± {float(row['spread']):.1f}" if row["spread"] else ""
         counts = f"{row['labeled']} / {row['unlabeled']} images"
-        note = "" if row["method"] == "supervised" else boxes  # it mixes no images
+        note = "" if row["method"] == "supervised" else results.boxes
         return (
             f"val mIoU {float(row['miou']):.1f}{spread} (seeds {row['seeds']}; {counts}{note}), "
-            f"{unit.format(float(row['minutes']))}"
+            f"{results.minutes.format(float(row['minutes']))}"
         )
     return None
 
@@ -212,7 +224,7 @@ def _recipe(size: str, share: str, network: str, tail: str, note: str, body: str
     steps = steps or SIZES[size]["steps"][0 if is_teacher else 1 if STUDENTS[network][1] == "true" else 2]
     name = _name(size, network, share) + tail
     stage = "distill" if "[teachers" in body else "teacher_cps"
-    reached = result(name, steps, UNIT[size])
+    reached = result(name, steps)
     sections = [
         f"# accelerate launch stages/{stage}.py --recipe recipes/camvid/{name}.toml\n"
         f"# CamVid: {note}. {f'Ours: {reached}' if reached else f'Not measured; {MACHINE[size]}'}.\n"

@@ -46,7 +46,7 @@ def _recipe(family: str, tail: str) -> str:
     size, where = FAMILIES[family]
     network, method, runs, title = ROLES[tail]
     measured = f"{size}_{network}_1-16_{runs[size == 'full']}"
-    reached = camvid_bench.result(measured, STEPS, camvid_bench.UNIT[size])
+    reached = camvid_bench.result(measured, STEPS)
     assert reached, f"no report in recipes/camvid has a run {measured} of {STEPS} steps"
     body = paper.METHOD[method]
     if method == "cwd":

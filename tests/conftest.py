@@ -131,7 +131,6 @@ def call_stage(capsys, stage: str, *args: object) -> tuple[int, str, str]:
     """Run a stage in this process, which saves the imports; returns exit status, stdout and stderr."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [stage, *map(str, args)])
-        patch.setattr(sys, "path", list(sys.path))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)}
         try:
             runpy.run_path(str(ROOT / "stages" / stage), run_name="__main__")

@@ -23,8 +23,12 @@ def test_a_closed_pipe_and_an_ascii_terminal_give_no_traceback():
 
 @pytest.mark.parametrize("stage", sorted(path.name for path in (ROOT / "stages").glob("*.py")))
 def test_ctrl_c_while_libraries_load_is_no_traceback(tmp_path, stage):
-    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nassert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    }
     ended = subprocess.run(
         stage_command(stage, "--help"),
         capture_output=True,

@@ -37,10 +37,11 @@ def test_no_point_covers_another(tmp_path, monkeypatch):
     points = [("kd", "a", 2.0, 55.0, 3.0), ("cwd", "b", 2.0, 55.0, 4.0), ("kd", "c", 2.0, 57.0, None)]
     plot_costs({"one": [*points, ("cps", "d", 4.5, 56.0, 1.0)]}, tmp_path / "a.png")
     plot_partitions({"one": {name: [(11, 40.0, 1.0), (23, 45.0, None)] for name in "ab"}}, tmp_path / "b.png")
-    costs, partitions = ([bar.lines[0].get_xdata() for bar in axes[0].containers] for _, axes in drawn)
+    (_, (cost_axis,)), (_, (partition_axis,)) = drawn
+    costs, partitions = ([bar.lines[0].get_xdata() for bar in axis.containers] for axis in (cost_axis, partition_axis))
     assert len({float(x[0]) for x in costs}) == 4
     assert sorted(round(float(x[0]) / 0.5) * 0.5 for x in costs) == [2.0, 2.0, 2.0, 4.5]
-    names = [text.get_text() for text in drawn[0][1][0].get_legend().get_texts()]
+    names = [text.get_text() for text in cost_axis.get_legend().get_texts()]
     assert names == ["1 c (kd)", "2 d (cps)", "3 a (kd)", "4 b (cwd)"], "best first, as they are numbered"
     assert len({float(x) for xs in partitions for x in xs}) == 4
     assert {round(float(x)) for xs in partitions for x in xs} <= {10, 11, 12, 22, 23, 24}

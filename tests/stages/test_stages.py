@@ -95,7 +95,9 @@ def test_the_main_job(mgd_recipe, tmp_path, run_here):
     assert classes["mean"] == pytest.approx(metrics["miou"], abs=1e-9)
 
 
-@pytest.mark.parametrize("start", [["stages/distill.py"], ["-m", "evaluate"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "start", [["stages/distill.py"], ["-m", "cProfile", "stages/distill.py"], ["-m", "evaluate"]], ids=" ".join
+)
 def test_no_stage_hides_the_evaluate_package(start, tmp_path):
     inside = "stages" not in start[-1]
     probe = tmp_path / "sitecustomize.py"  # runs before the stage, and looks once the stage is set up

@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import call_stage, run_stage, stage_command, steps_done
 
+import mgd.locks
 from mgd.locks import claim, hold, is_held, is_taken
 from mgd.needed import folders_of
 from mgd.recipe import load
@@ -90,6 +91,17 @@ def test_others_are_told_of_a_run_while_its_stage_still_loads(cells, tmp_path, c
     launcher.chmod(0o755)
     status, out, _ = call_stage(capsys, "sweep.py", cells[0], "--launch", launcher)
     assert status == 2 and "ended with status 7 and left no result" in out and not is_taken(folder)
+
+
+def test_a_run_that_another_sweep_claims_in_the_same_moment_is_tried_again(cells, tmp_path, capsys, monkeypatch):
+    other = contextlib.ExitStack()
+    other.enter_context(claim(tmp_path / "runs" / "alone-s0"))
+
+    seen = iter([False])  # it seems to be free
+    monkeypatch.setattr(mgd.locks, "is_taken", lambda folder: next(seen, is_taken(folder)))
+    monkeypatch.setattr(time, "sleep", lambda seconds: seconds > 1 and other.close())  # the other ends, waited for
+    status, out, err = call_stage(capsys, "sweep.py", cells[0], "--launch", "false")
+    assert status == 2 and "waiting" in out and "[1/1]" in out and "ended with status 1" in out, out + err
 
 
 def test_a_run_that_is_being_written_is_known_however_it_is_named(cells, tmp_path, monkeypatch):
