@@ -48,9 +48,9 @@ def hold(
             ) from error
         except OSError:
             pass  # a file system without locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # for a message alone, which a full disk may go without
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         if fcntl:
             os.register_at_fork(after_in_child=file.close)  # or a data worker holds on when this process is killed
         yield
@@ -63,12 +63,12 @@ def claim(folder: Path) -> contextlib.AbstractContextManager[None]:
         Busy: another process has reserved it.
         UserError: its place cannot be written.
     """
-    return hold(folder, kind="start")
+    return hold(folder, kind="next")
 
 
 def is_taken(folder: Path) -> bool:
     """Whether another process `hold`s a folder, or has a `claim` to it."""
-    return is_held(folder) or is_held(folder, "start")
+    return is_held(folder) or is_held(folder, "next")
 
 
 def is_held(folder: Path, kind: str = "lock") -> bool:

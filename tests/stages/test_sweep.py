@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import call_stage, run_stage, stage_command, steps_done
@@ -153,6 +154,13 @@ def test_a_process_that_outlives_the_holder_of_a_folder_does_not_hold_it(tmp_pat
     finally:
         child.kill()
         child.join()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which no byte fits on")
+def test_a_full_disk_does_not_keep_a_folder_from_being_held(tmp_path):
+    (tmp_path / ".run.lock").symlink_to("/dev/full")
+    with hold(tmp_path / "run"):
+        assert is_held(tmp_path / "run")
 
 
 def test_cells_that_would_share_a_folder_are_refused_before_anything_runs(cells, tmp_path, capsys):
