@@ -50,6 +50,7 @@ def result_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
                 "gain_spread": spread(ahead),
                 "unlabeled_miou": _mean(unseen),
                 "unlabeled_spread": spread(unseen),
+                "unlabeled_by_seed": " ".join(f"{miou:.2f}" for miou in unseen) or None,
                 "unlabeled_gain": _mean(unseen_ahead) if unseen else None,
                 "unlabeled_gain_spread": spread(unseen_ahead) if unseen else None,
                 "best_on_val": _mean(best),

@@ -56,10 +56,12 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     something_to_lose = path.exists() or (folder / "checkpoint").exists()
     differences = recipe_differences(there, recipe)
     if differences and something_to_lose:
+        elsewhere = "folder by --set run.output=..., which teachers and baselines follow"
+        if not all(key.startswith(("data.", "partition.")) for key in differences):  # which teachers have as well
+            elsewhere = f'name by --set "run.name=NAME-s{{seed}}", which baselines follow, or {elsewhere}'
         raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give what you start another name "
-            'by --set "run.name=NAME-s{seed}", which baselines follow, or folder by --set run.output=..., which '
-            f"teachers follow, too; or start anew in this one, which deletes what is there: {recipe.command} --restart"
+            f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give what you start another "
+            f"{elsewhere}; or start anew in this one, which deletes what is there: {recipe.command} --restart"
         )
     if not path.exists() or not all(
         (folder / "model" / name).exists() for name in ("config.json", "model.safetensors")

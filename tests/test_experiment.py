@@ -548,7 +548,10 @@ def test_a_folder_of_another_recipe_is_not_touched(write_recipe):
     recipe = load(write_recipe())
     done = run_recipe(recipe, Accelerator())
     other = load(recipe.source, ["optim.lr=0.02"])
-    with pytest.raises(UserError, match=r"holds a run of another recipe \(optim.lr 0.01 there, 0.02 here\)"):
+    with pytest.raises(UserError, match=r"another recipe \(optim.lr 0.01 there, 0.02 here\); .* another name by --set"):
+        run_recipe(other, Accelerator())
+    other = load(recipe.source, ["data.crop=64"])  # which its teachers would be called with, too
+    with pytest.raises(UserError, match=r"\(data.crop 32 there, 64 here\); .* another folder by --set run.output="):
         run_recipe(other, Accelerator())
     assert run_recipe(recipe, Accelerator())["miou"] == done["miou"]
     free = load(recipe.source, ["run.log_every=3", "data.workers=1", "run.checkpoint_every=7"])

@@ -158,6 +158,7 @@ def test_scores_on_unlabelled_images_have_columns_of_their_own(fake_run, tmp_pat
     assert rows["cps"]["unlabeled_gain_spread"] == pytest.approx(np.std([1.5, 1.0], ddof=1))
     assert rows["cps"]["unlabeled_spread"] == pytest.approx(np.std([31.5, 35.0], ddof=1))
     assert rows["plain"]["unlabeled_miou"] == 32.0 and rows["plain"]["unlabeled_gain"] is None
+    assert rows["plain"]["unlabeled_by_seed"] == "30.00 34.00" and rows["other"]["unlabeled_by_seed"] is None
     assert rows["other"]["unlabeled_miou"] is None and rows["other"]["unlabeled_gain"] is None
     for seed, miou in ((0, 50.0), (1, 50.0)):  # nearer, but not scored: no gain is better than that over a farther one
         fake_run("near", seed, miou, optim={"momentum": 0.5})

@@ -62,7 +62,7 @@ class LabelDecoder:
             raise UserError(
                 f"mask of {name}: {which} no class; the data set has "
                 f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore; other grey "
-                "values in a folder of yours are [data] colors, 7 being [7, 7, 7]"
+                "values in a folder of yours are [data] colors, 7 being [7, 7, 7], and ignore_color what has no label"
             )
         return label.astype(np.uint8, copy=False)
 
