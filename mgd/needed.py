@@ -12,10 +12,10 @@ from mgd.errors import UserError
 from mgd.models.saved import find_model
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import FREE_KEYS, Recipe, load
-from mgd.runs import find_partition, recipe_differences, with_places
+from mgd.runs import OF_ALL, find_partition, recipe_differences, with_places
 from mgd.sections import Eval, Partition
 
-# Overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
+# More overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
 _OF_BASELINES = ("student.", "optim.", "eval.", "method.ohem", "method.class_balance")
 
@@ -42,7 +42,7 @@ def needed_recipes(recipe: Recipe) -> dict[str, Recipe]:
             raise UserError(
                 f"[teachers.{title}] seed_offset = {seed_offset}: run.seed = {recipe.run.seed} is too small"
             )
-        shared = ("data.", "partition.", *_HOW_RUN, *(_OF_BASELINES if is_baseline else ()))
+        shared = (*OF_ALL, *_HOW_RUN, *(_OF_BASELINES if is_baseline else ()))
         overrides = [override for override in recipe.overrides if override.startswith(shared)]
         overrides.append(f"run.seed={seed}")
         overrides.append(f"partition.seed={recipe.partition_seed}")

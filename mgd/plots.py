@@ -1,7 +1,7 @@
 """The pictures of runs and reports: curves, overlays, contact sheets, cost and partition plots."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +125,14 @@ def plot_costs(panels: Mapping[str, Sequence[tuple[str, str, float, float, float
         panels: by title, the points: method, text, GMACs, val mIoU %, spread.
         output: PNG file.
     """
-    figure, axes = _panels(len(panels), max(map(len, panels.values()), default=0))
+    figure, axes = _panels(panels)
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         colors = {method: f"C{index % 10}" for index, method in enumerate(sorted({point[0] for point in points}))}
         best_first = sorted(points, key=lambda point: -point[3])
         costs = np.array([point[2] for point in best_first])
         places = costs.copy()
-        for cost in set(costs.tolist()):
-            places[costs == cost] *= _side_by_side(int((costs == cost).sum()))
+        for cost, count in zip(*np.unique(costs, return_counts=True), strict=True):
+            places[costs == cost] *= _side_by_side(count)
         for number, (place, point) in enumerate(zip(places.tolist(), best_first, strict=True), 1):
             method, text, _, miou, spread = point
             label = f"{number} {text} ({method})"
@@ -159,11 +159,12 @@ def plot_partitions(
         panels: by title and name of the line, the points: labelled images, val mIoU %, spread.
         output: PNG file.
     """
-    figure, axes = _panels(len(panels), max(map(len, panels.values()), default=0))
+    figure, axes = _panels(panels)
     for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        factors = _side_by_side(len(lines))
         for index, (name, points) in enumerate(lines.items()):
             counts, means, spreads = zip(*sorted(points), strict=True)
-            places = np.array(counts) * _side_by_side(len(lines))[index]
+            places = np.array(counts) * factors[index]
             errors = [spread or 0.0 for spread in spreads]
             style = LINES[index // 10 % len(LINES)]  # colours come again after ten
             axis.errorbar(places, means, errors, marker="o", capsize=3, label=name, linestyle=style)
@@ -178,11 +179,11 @@ def plot_partitions(
 
 def _side_by_side(count: int) -> np.ndarray:
     """Return factors that move points at one place of a logarithmic axis apart: by 4 % each, and 17 % at the most."""
-    return np.exp(np.linspace(-1, 1, count) * 0.02 * min(count - 1, 8)) if count > 1 else np.ones(1)
+    return np.exp(np.linspace(-1, 1, count) * 0.02 * min(count - 1, 8))
 
 
-def _panels(count: int, names: int) -> tuple[Figure, list[Axes]]:
-    """Return a figure of panels side by side, each with room for a legend of so many names beside it."""
-    height = max(4.5, 1 + names / 6)
-    figure = Figure(figsize=(8.5 * count, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+def _panels(panels: Mapping[str, Sized]) -> tuple[Figure, list[Axes]]:
+    """Return a figure of panels side by side, each with room beside it for a legend of all that it shows."""
+    height = max(4.5, 1 + max(map(len, panels.values()), default=0) / 6)
+    figure = Figure(figsize=(8.5 * len(panels), height), layout="constrained")
+    return figure, list(figure.subplots(1, len(panels), squeeze=False)[0])

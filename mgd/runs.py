@@ -17,6 +17,8 @@ from mgd.registry import DATASETS
 from mgd.tables import flatten
 
 _PLACES = {"data": ("root", "val_root", "parquet"), "partition": ("labeled_list", "unlabeled_list")}
+OF_ALL = ("data.", "partition.")
+"""What of a student's recipe its teachers and baselines have, too."""
 UNLABELED = "unlabeled.json"
 """In a run folder, what it scores on its unlabelled images; see mgd/unseen.py."""
 
@@ -57,7 +59,7 @@ def finished_metrics(recipe: Recipe) -> dict[str, Any] | None:
     differences = recipe_differences(there, recipe)
     if differences and something_to_lose:
         elsewhere = "folder by --set run.output=..., which teachers and baselines follow"
-        if not all(key.startswith(("data.", "partition.")) for key in differences):  # which teachers have as well
+        if not all(key.startswith(OF_ALL) for key in differences):
             elsewhere = f'name by --set "run.name=NAME-s{{seed}}", which baselines follow, or {elsewhere}'
         raise UserError(
             f"{folder} holds a run of another recipe ({'; '.join(differences[:4])}); give what you start another "

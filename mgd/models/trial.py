@@ -56,7 +56,7 @@ class _NeedsData(Exception):
     """Something that cannot be tried on the meta device, which has no values."""
 
 
-def _tried(trial: Callable[..., Size]) -> Callable[..., Size | None]:
+def _tried(trial: Callable[..., Size | None]) -> Callable[..., Size | None]:
     """Remember what a trial showed, as teachers and students of one recipe are tried twice; None: it needs data."""
 
     @functools.lru_cache(maxsize=32)
@@ -71,7 +71,7 @@ def _tried(trial: Callable[..., Size]) -> Callable[..., Size | None]:
 
 
 @_tried
-def features_size(where: str, section: ModelSection, num_classes: int, crop: int) -> Size:
+def features_size(where: str, section: ModelSection, num_classes: int, crop: int) -> Size | None:
     """Return the height and width of the features that a frozen network has of a training crop, pixels.
 
     Args:
