@@ -1,11 +1,9 @@
 """Everything that can be wrong with a run, checked before hours are spent on it."""
 
-import contextlib
 import dataclasses
 import functools
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import datasets
 import numpy as np
@@ -15,9 +13,9 @@ from torch import nn
 
 from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
-from mgd.data.images import Images
+from mgd.data.images import Images, mask_sums
 from mgd.data.loaders import per_process
-from mgd.data.partitions import Split, read_manifest, repainted
+from mgd.data.partitions import Split, val_key
 from mgd.data.reading import load_splits, select_ids, split_data, without_augmentation
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity
@@ -27,92 +25,8 @@ from mgd.metrics import few_images
 from mgd.models.trial import check_trainable, features_size
 from mgd.optim import total_steps
 from mgd.recipe import Recipe
-from mgd.runs import finished_metrics, is_here
 from mgd.sections import DataSection, ModelSection
 from mgd.tracking import check_tracker
-
-
-def finished(recipe: Recipe) -> dict[str, Any] | None:
-    """Return metrics.json of a finished run of this very recipe on its images as they are now, or None.
-
-    Raises:
-        UserError: the folder holds a run of another recipe, or of other images, or these are there and wrong.
-    """
-    done = finished_metrics(recipe)
-    path = recipe.run_dir / "partition.json"
-    if done is None or not path.exists():
-        return done
-    there, pool = read_manifest(path), recipe.data.unlabeled
-    try:
-        splits = load_splits(recipe.data)
-        drawn = split_data(recipe.data, recipe.partition, recipe.partition_seed)
-        same_pool = pool is None or identity(pool) == there.pool
-    except UserError as error:
-        if is_here(recipe):
-            raise UserError(
-                f"{recipe.run_dir} is finished, but what it learned from cannot be read: {error}"
-            ) from error
-        return done  # a result outlives its images; whoever needs them is told so
-    counts_unlabeled = recipe.depends_on_unlabeled
-    pool_ids = drawn.unlabeled if counts_unlabeled else ()
-    skipped = _still_unusable(without_augmentation(recipe.data), drawn.labeled, pool_ids, left_out=tuple(there.skipped))
-    labeled, unlabeled = set(drawn.labeled) - skipped, set(drawn.unlabeled) - skipped
-    val = {name for name in splits.val["id"] if f"validation: {name}" not in skipped}
-    now = {"labeled": labeled, "unlabeled": set() if pool and pool.streaming else unlabeled, "val": val}
-    differing = [there.differs(now, counts_unlabeled)]
-    differing += ["another [data.unlabeled]"] if counts_unlabeled and not same_pool else []
-    if any(differing):
-        raise UserError(
-            f"{recipe.run_dir} was trained on other images than [data] and [partition] name now "
-            f"({', '.join(filter(None, differing))}); {_ways_out(recipe)}"
-        )
-    if not there.masks:  # none is a file, or an older run: no need to read them
-        return done
-    with contextlib.suppress(OSError):
-        masks = _mask_sums(select_ids(splits.labeled, labeled), select_ids(splits.val, val))
-        if painted := repainted(there.masks, masks):
-            raise UserError(
-                f"{recipe.run_dir} learned from other masks than there are now: {some(painted)}; {_ways_out(recipe)}"
-            )
-    return done
-
-
-@functools.lru_cache(maxsize=32)  # a finished run is asked about again and again
-def _still_unusable(
-    section: DataSection, labeled: tuple[str, ...], unlabeled: tuple[str, ...], left_out: tuple[str, ...]
-) -> frozenset[str]:
-    """Return which of the images that a run left out, as `Split.skipped` names them, cannot be used now either.
-
-    Args:
-        section: the data.
-        labeled: training images whose masks a run would read now.
-        unlabeled: those that it would read without.
-        left_out: then.
-    """
-    splits, prefix, found = load_splits(section), "validation: ", set()
-    val = [name for name in splits.val["id"] if prefix + name in left_out]
-    for source, ids, with_label, before in (
-        (splits.labeled, set(labeled).intersection(left_out), True, ""),
-        (splits.without_masks(), set(unlabeled).intersection(left_out), False, ""),
-        (splits.val, val, True, prefix),
-    ):
-        images = Images(select_ids(source, ids), splits.decoder, section.image_scale)
-        for index, name in enumerate(images.ids):
-            try:
-                images.read(index, with_label)
-            except UserError:
-                found.add(before + name)
-    return frozenset(found)
-
-
-def _ways_out(recipe: Recipe) -> str:
-    """What to do with a finished run whose images or masks are others now."""
-    needs = recipe.eval.baselines or any(teacher.recipe for teacher in recipe.teachers.values())
-    after = ", after its teachers and baselines" if needs else ""
-    return (
-        "keep it and write elsewhere (--set run.output=..., where teachers and baselines follow), or train it "
-        f"anew{after}: {recipe.command} --restart"
-    )
 
 
 def check_recipe(
@@ -266,9 +180,9 @@ def _check_images(
         )
     unlabeled = tuple(name for name in unlabeled if name not in problems["unlabelled"])
     skipped = problems["labelled"] | problems["unlabelled"]
-    skipped |= {f"validation: {name}": why for name, why in problems["validation"].items()}
+    skipped |= {val_key(name): why for name, why in problems["validation"].items()}
     class_pixels = tuple(pixels["labelled"][: len(splits.classes)].tolist())
-    masks = _mask_sums(select_ids(splits.labeled, labeled), splits.val)
+    masks = mask_sums(select_ids(splits.labeled, labeled), splits.val)
     partition = Split(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels, masks=masks)
     return splits, partition, (first.height, first.width)
 
@@ -279,12 +193,6 @@ def _same_images(labeled: datasets.Dataset, val: datasets.Dataset, ids: tuple[st
     ours, theirs = (Images(select_ids(source, shared)) for source in (labeled, val))
     places = {name: index for index, name in enumerate(theirs.ids)}
     return [name for index, name in enumerate(ours.ids) if ours.encoded(index) == theirs.encoded(places[name])]
-
-
-def _mask_sums(labeled: datasets.Dataset, val: datasets.Dataset) -> dict[str, int]:
-    """CRC-32 of the masks, as `Split.masks` has them."""
-    of_val = {f"validation: {name}": found for name, found in Images(val).mask_sums().items()}
-    return Images(labeled).mask_sums() | of_val
 
 
 def _read_all(

@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from mgd.cache import cached_targets
-from mgd.checks import check_recipe, finished
+from mgd.checks import check_recipe
 from mgd.data.datasets import Splits
 from mgd.data.images import Images
 from mgd.data.loaders import TrainingPairs, evaluation_loader
 from mgd.data.partitions import Split
 from mgd.data.stream import Pool
-from mgd.errors import UserError
 from mgd.files import append_line, keep_lines, write_json
+from mgd.finished import all_finished, finished
 from mgd.inference import count_confusion, predict
 from mgd.locks import hold
 from mgd.machine import device_name, peak_memory_mb, versions
@@ -52,22 +52,15 @@ def run_needed(needed: Mapping[str, Recipe], accelerator: Accelerator) -> list[d
     Raises:
         UserError: see `run_recipe`.
     """
-    missing, stale = {}, []
+    done = all_finished(needed)
     for title, recipe in needed.items():
-        try:
-            if not finished(recipe):
-                missing[title] = recipe
-        except UserError as error:  # all of them are named: each takes a command, and time
-            stale.append(str(error))
-    if stale:
-        raise UserError("\n".join(stale))
-    for recipe in missing.values():
-        check_recipe(recipe, accelerator)
+        if not done[title]:
+            check_recipe(recipe, accelerator)
     rows = []
     for title, recipe in needed.items():
-        if title in missing:
+        if not done[title]:
             accelerator.print(f"{title}: {recipe.run_dir} is not finished; training it now: {recipe.command}")
-        rows.append(run_recipe(recipe, accelerator))
+        rows.append(_say_finished(recipe, done[title], accelerator) if done[title] else run_recipe(recipe, accelerator))
     return rows
 
 
@@ -114,7 +107,7 @@ def finished_rows(
     """
     if (done := finished(recipe)) is None:
         return None
-    return [*filter(None, map(finished, needed.values())), _say_finished(recipe, done, accelerator)]
+    return [*filter(None, all_finished(needed).values()), _say_finished(recipe, done, accelerator)]
 
 
 def _say_finished(recipe: Recipe, done: dict[str, Any], accelerator: Accelerator) -> dict[str, Any]:

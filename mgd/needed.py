@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import nn
 
-from mgd.checks import finished
 from mgd.data.partitions import read_manifest
 from mgd.errors import UserError
+from mgd.finished import all_finished
 from mgd.models.saved import find_model
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import FREE_KEYS, Recipe, load
@@ -155,8 +155,8 @@ def refuse_untrained(teachers: Mapping[str, Recipe]) -> None:
     Raises:
         UserError: one line a teacher, with its command.
     """
-    missing = {name: other for name, other in teachers.items() if not finished(other)}
-    if missing:
+    done = all_finished(teachers)
+    if missing := {name: other for name, other in teachers.items() if not done[name]}:
         raise UserError(
             "\n".join(f"[teachers.{name}] is not trained: {other.command}" for name, other in missing.items())
         )

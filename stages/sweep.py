@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mgd import cli
-from mgd.checks import finished
 from mgd.errors import Busy, Stopped, UserError
+from mgd.finished import all_finished
 from mgd.locks import claim, is_held, is_taken
 from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students
 from mgd.recipe import Recipe, load
@@ -101,9 +101,10 @@ def read_jobs(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
                 writers[f"{title} of {path}, seed {seed},"] = other
             jobs[recipe.run_dir.resolve()] = Job(recipe, sets, folders_of(recipe, needed))
     check_folders(writers)
-    for recipe in {recipe.run_dir.resolve(): recipe for recipe in writers.values()}.values():
-        if not finished(recipe):
-            refuse_students(recipe)
+    recipes = {recipe.run_dir.resolve(): recipe for recipe in writers.values()}
+    for folder, done in all_finished(recipes).items():
+        if not done:
+            refuse_students(recipes[folder])
     return jobs
 
 

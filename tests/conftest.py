@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mgd import checks
+from mgd import checks, finished
 from mgd.data import reading
 from mgd.models.segmenter import SegOutput
 
@@ -203,7 +203,7 @@ def forget_data():
         reading._presence,
         checks._check_images,
         checks._say_once,
-        checks._still_unusable,
+        finished._still_unusable,
     ):
         cached.cache_clear()
 

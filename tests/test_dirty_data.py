@@ -11,11 +11,12 @@ import tomli_w
 from accelerate import Accelerator
 from conftest import TINY, forget_data
 
-from mgd.checks import check_recipe, finished
+from mgd.checks import check_recipe
 from mgd.data.images import Images
 from mgd.errors import UserError
 from mgd.experiment import run_recipe
 from mgd.export.samples import of_recipe
+from mgd.finished import finished
 from mgd.models.segmenter import build_segmenter
 from mgd.pictures import to_rgb
 from mgd.recipe import load

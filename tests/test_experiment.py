@@ -23,9 +23,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import ONLINE, ROOT, forget_data, log_rows
 
-from mgd.checks import check_recipe, finished
+from mgd.checks import check_recipe
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
+from mgd.finished import finished
 from mgd.methods.base import Method
 from mgd.methods.mean_teacher import MeanTeacher, MeanTeacherConfig
 from mgd.methods.supervised import Supervised

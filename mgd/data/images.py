@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mgd.data.partitions import val_key
 from mgd.data.transforms import LabelDecoder
 from mgd.errors import UserError
 from mgd.pictures import UNREADABLE, decode, rescale, to_rgb, to_tensor
@@ -163,3 +164,8 @@ def start_worker(_: int) -> None:
     # A signal to the whole group is the training process's to answer; it still needs its workers.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def mask_sums(labeled: datasets.Dataset, val: datasets.Dataset) -> dict[str, int]:
+    """Return the CRC-32 of the masks that are files, as `Split.masks` has them."""
+    return Images(labeled).mask_sums() | {val_key(name): found for name, found in Images(val).mask_sums().items()}

@@ -19,7 +19,7 @@ from mgd.tables import labeled_amount
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Ids of the labelled and of the unlabelled training images."""
+    """Which images a run reads as what, and what was found when they were read."""
 
     labeled: tuple[str, ...]
     unlabeled: tuple[str, ...]
@@ -35,7 +35,7 @@ class Split:
     class_pixels: tuple[int, ...] = ()
     """Labelled pixels of each class, likewise."""
     masks: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """CRC-32 of the masks that are files: id (of `val`: "validation: id") -> sum."""
+    """CRC-32 of the masks that are files: id (of `val`: `val_key`) -> sum."""
 
     @property
     def num_unlabeled(self) -> int | None:
@@ -65,6 +65,11 @@ class Split:
             "val": list(self.val),
             "masks": dict(self.masks),
         }
+
+
+def val_key(name: str) -> str:
+    """Return how a validation image is named among others, as training images may have the same ids."""
+    return f"validation: {name}"
 
 
 class Manifest(BaseModel):

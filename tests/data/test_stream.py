@@ -14,11 +14,12 @@ import pytest
 from accelerate import Accelerator
 from conftest import forget_data
 
-from mgd.checks import check_recipe, finished
+from mgd.checks import check_recipe
 from mgd.data.reading import split_data
 from mgd.data.stream import Place, Pool, scan_pool
 from mgd.errors import Stopped, UserError
 from mgd.experiment import run_recipe
+from mgd.finished import finished
 from mgd.methods.cps import CPS
 from mgd.recipe import load
 from mgd.sections import UnlabeledSection
