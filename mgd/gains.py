@@ -4,14 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mgd.data.partitions import same_data
-from mgd.runs import FinishedRun, shaping_keys
-
-# What a supervised run has in common with those that are measured against it, by the beginning of a key.
-_IN_COMMON = (
-    *("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem"),
-    *("optim.steps", "optim.epochs", "optim.batch_size"),
-)
-_NOT_SEEN = ("data.unlabeled", "partition.seed")
+from mgd.runs import FinishedRun, comparable_keys
 
 
 class SupervisedRuns:
@@ -57,11 +50,8 @@ class SupervisedRuns:
 
 
 def _common(run: FinishedRun) -> str:
-    keys = {
-        k: v for k, v in shaping_keys(run.recipe).items() if k.startswith(_IN_COMMON) and not k.startswith(_NOT_SEEN)
-    }
     counts = (run.metrics["num_labeled"], run.metrics["num_val"])
-    return repr((sorted(keys.items()), *run.recipe.seeds, counts))
+    return repr((sorted(comparable_keys(run.recipe).items()), *run.recipe.seeds, counts))
 
 
 def _same_data(one: FinishedRun, other: FinishedRun) -> bool:

@@ -12,8 +12,8 @@ from mgd.finished import all_finished
 from mgd.models.saved import find_model
 from mgd.models.segmenter import Segmenter, load_segmenter
 from mgd.recipe import FREE_KEYS, Recipe, load
-from mgd.runs import OF_ALL, find_partition, recipe_differences, with_places
-from mgd.sections import Eval, Partition
+from mgd.runs import OF_ALL, comparable_keys, find_partition, recipe_differences, with_places
+from mgd.sections import Partition
 
 # More overrides of a student that its teachers and baselines take over, and those that its baselines alone do.
 _HOW_RUN = ("run.checkpoint_every", "run.log_every", "run.threads", "run.compile")
@@ -95,18 +95,18 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
     agree += [("data", key) for key in ("name", "image_scale", *type(recipe.data).image_keys())]
     if other.method_class.uses_unlabeled:
         agree.append(("data", "unlabeled"))
-    if is_baseline:
-        agree += [("data", "crop")]
-        agree += [("eval", key) for key in Eval.model_fields if f"eval.{key}" not in FREE_KEYS]
-        agree += [("student", key) for key in type(recipe.student).model_fields]
-        agree += [("optim", key) for key in ("steps", "epochs", "batch_size")]
     mine, theirs = with_places(recipe.to_dict()), with_places(other.to_dict())
-    for section, key in agree:
-        if mine[section].get(key) != theirs[section].get(key):
+    pairs = {f"[{section}] {key}": (mine[section].get(key), theirs[section].get(key)) for section, key in agree}
+    if is_baseline:
+        mine, theirs = comparable_keys(recipe), comparable_keys(other)
+        for name in sorted(mine.keys() | theirs.keys()):
+            section, key = name.split(".", 1)
+            pairs.setdefault(f"[{section}] {key}", (mine.get(name), theirs.get(name)))
+    for key, (here, there) in pairs.items():
+        if here != there:
             raise UserError(
-                f"{recipe.source}: {title} ({other.source}) must agree in [{section}] {key}, but has "
-                f"{theirs[section].get(key)!r}, here {mine[section].get(key)!r}; make them equal"
-                + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
+                f"{recipe.source}: {title} ({other.source}) must agree in {key}, but has {there!r}, here {here!r}; "
+                "make them equal" + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
             )
 
 

@@ -202,6 +202,23 @@ def shaping_keys(recipe: Recipe) -> dict[str, Any]:
     return _shaping(recipe.to_dict())
 
 
+# What a supervised run and those measured against it, of the same student, have in common, by the beginning of a key.
+_COMPARABLE = (
+    *("student.", "data.", "partition.", "eval.", "method.class_balance", "method.ohem"),
+    *("optim.steps", "optim.epochs", "optim.batch_size"),
+)
+_NOT_COMPARED = ("data.unlabeled", "partition.seed")
+
+
+def comparable_keys(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys and values in which a run and a baseline of the same student must agree, as `section.key`."""
+    return {
+        key: value
+        for key, value in shaping_keys(recipe).items()
+        if key.startswith(_COMPARABLE) and not key.startswith(_NOT_COMPARED)
+    }
+
+
 def _shaping(tables: Mapping) -> dict[str, Any]:
     flat, free = flatten(with_places(tables)), FREE_KEYS
     with contextlib.suppress(UserError):  # a data set of a package that is not here: its root counts

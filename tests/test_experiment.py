@@ -432,6 +432,14 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
     with pytest.raises(UserError, match=r"baseline .*baseline.toml.* must agree in \[eval\] scales, but has \[0.5\]"):
         write_recipe("baseline.toml", run={"name": "baseline-s{seed}"}, method=ohem, eval={"scales": [0.5]})
         needed_recipes(load(path))
+    for key, changed in (
+        (r"\[method\] ohem.threshold, but has None, here 0.7", {}),
+        (r"\[method\] class_balance, but has 0.5, here 0.0", {"method": ohem | {"class_balance": 0.5}}),
+        (r"\[data\] flip, but has False, here True", {"method": ohem, "data": {"flip": False}}),
+    ):
+        write_recipe("baseline.toml", run={"name": "baseline-s{seed}"}, **changed)
+        with pytest.raises(UserError, match=r"baseline .*baseline.toml.* must agree in " + key):
+            needed_recipes(load(path))
     write_recipe("baseline.toml", run={"name": "baseline-s{seed}"}, method=ohem)
     with pytest.raises(UserError, match=r"deep \(.*\) must agree in \[data\] image_scale"):
         write_recipe("deep.toml", run={"name": "deep-s{seed}"}, data={"image_scale": 0.5})
