@@ -25,6 +25,7 @@ from mgd.errors import Busy, Stopped, UserError
 from mgd.files import write_json
 from mgd.markdown import markdown
 from mgd.recipe import Recipe
+from mgd.tables import tidy
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -38,11 +39,29 @@ def recipe_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every stage that takes one recipe and prints a table."""
     flags = argparse.ArgumentParser(description=description)
     flags.add_argument("--recipe", required=True, help="TOML file, e.g. recipes/quickstart.toml")
-    flags.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key of the recipe"
-    )
+    set_flag(flags, "change one key of the recipe")
     json_flag(flags)
     return flags
+
+
+def set_flag(flags: argparse.ArgumentParser, text: str) -> None:
+    """Add --set, of every stage that reads a recipe, with its help."""
+    flags.add_argument("--set", action="append", type=tidy, default=[], metavar="SECTION.KEY=VALUE", help=text)
+
+
+def refuse_sets(overrides: Sequence[str], matters: Sequence[str], why: str) -> None:
+    """Refuse overrides that would do nothing.
+
+    Args:
+        overrides: of --set.
+        matters: what keys begin with that the stage reads.
+        why: says which do matter.
+
+    Raises:
+        UserError: naming the first.
+    """
+    if odd := [text for text in overrides if not text.startswith(tuple(matters))]:
+        raise UserError(f"--set {odd[0]}: {why}")
 
 
 def json_flag(flags: argparse.ArgumentParser) -> None:

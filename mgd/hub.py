@@ -206,11 +206,11 @@ def _facts(run: Release) -> dict[str, str]:
         f"{plain(name)}: `{portable(teacher.recipe or teacher.checkpoint)}`"
         for name, teacher in recipe.teachers.items()
     ]
-    teachers += [
-        f"{plain(where.removeprefix('method.teachers.'))}: `{section.backbone}`, trained along"
-        for where, section in recipe.networks.items()
-        if where.startswith("method.teachers.")
-    ]
+    if recipe.method_class.trains_teachers:
+        own = [(where, section) for where, section in recipe.networks.items() if where != "student"]
+        teachers += [
+            f"{plain(where.rpartition('.')[2])}: `{section.backbone}`, trained along" for where, section in own
+        ]
     start = "timm's pretrained weights" if recipe.student.pretrained else "random weights"
     precision = "fp32" if metrics["mixed_precision"] == "no" else metrics["mixed_precision"]
     mean, std = (", ".join(f"{value:.2f}" for value in part.flatten().tolist()) for part in (network.mean, network.std))

@@ -91,7 +91,7 @@ class Recipe:
     @property
     def is_distilled(self) -> bool:
         """Whether its network learns from teachers, frozen or trained along with it."""
-        return bool(self.teachers) or any(where.startswith("method.teachers.") for where in self.networks)
+        return bool(self.teachers) or self.method_class.trains_teachers
 
     @property
     def stage(self) -> str:

@@ -39,7 +39,7 @@ def main() -> None:
         default="val",
         help="unlabeled: the training images that the run had without their masks, where the data has these",
     )
-    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. eval.mode=slide")
+    cli.set_flag(flags, "e.g. eval.mode=slide")
     flags.add_argument(
         "--save-predictions",
         metavar="DIR",
@@ -53,8 +53,8 @@ def main() -> None:
     source = args.recipe or folder / "recipe.toml"
     if not args.recipe and not source.exists():
         raise UserError(f"{folder} has no recipe.toml; name the data with --recipe")
-    if odd := [text for text in args.set if not text.startswith(_MATTERS)]:
-        raise UserError(f"--set {odd[0]}: of a trained model only {', '.join(f'{key}*' for key in _MATTERS)} matter")
+    matter = ", ".join(f"{key}*" for key in _MATTERS)
+    cli.refuse_sets(args.set, _MATTERS, f"of a trained model only {matter} matter")
     recipe = load(source, args.set)
     split = getattr(recipe.data, "val_split", "val") if args.split == "val" else args.split
     accelerator = cli.start(recipe)

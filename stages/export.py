@@ -47,7 +47,7 @@ def main() -> None:
     flags.add_argument("--int8", action="store_true", help="quantise, calibrated on the unlabelled images")
     flags.add_argument("--max-drop", type=_points, default=1.0, help="points of mIoU that int8 may cost (1.0)")
     flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
-    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="e.g. data.root=...")
+    cli.set_flag(flags, "e.g. data.root=...")
     flags.add_argument(
         "--images", metavar="DIR", help="try, and calibrate with, these images instead; there is no mIoU then"
     )
@@ -56,6 +56,9 @@ def main() -> None:
     flags.add_argument("--output", type=cli.output_folder, help="folder; left out, export/ in the run")
     args = flags.parse_args()
 
+    cli.refuse_sets(
+        args.set, ["data.", "partition.", "run.seed"], "an export reads the images alone: data.*, partition.*"
+    )
     exporter = EXPORTERS.get(args.format)()
     exporter.check()
     if args.int8 and not exporter.quantizes:

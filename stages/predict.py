@@ -58,7 +58,7 @@ def main() -> None:
         "--save", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="what to write (all but probabilities)"
     )
     flags.add_argument("--batch", type=cli.at_least(1), default=8, help="images of one size at once")
-    flags.add_argument("--set", action="append", default=[], metavar="EVAL.KEY=VALUE", help="e.g. eval.mode=slide")
+    cli.set_flag(flags, "e.g. eval.mode=slide")
     args = flags.parse_args()
 
     accelerator = cli.new_accelerator()
@@ -101,8 +101,7 @@ def main() -> None:
 
 def _how(folder: Path, overrides: list[str], crop: int | None) -> tuple[Eval, int]:
     """Return how images are predicted: as the model's own recipe evaluates, with what `--set` changes."""
-    if odd := [text for text in overrides if not text.startswith("eval.")]:
-        raise UserError(f"--set {odd[0]}: only eval.* matters for a prediction")
+    cli.refuse_sets(overrides, ["eval."], "only eval.* matters for a prediction")
     if not (folder / "recipe.toml").exists():
         return parse_eval(overrides, source="--set"), crop or 512
     recipe = load(folder / "recipe.toml", overrides)

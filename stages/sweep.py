@@ -29,7 +29,6 @@ from mgd.locks import claim, is_held, is_taken
 from mgd.needed import check_folders, folders_of, needed_recipes, refuse_students
 from mgd.recipe import Recipe, load
 from mgd.runs import finished_metrics
-from mgd.tables import tidy
 
 STAGES = Path(__file__).resolve().parent
 
@@ -53,7 +52,7 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("recipes", nargs="+", help="TOML files; runs they need (teachers) come first, once")
     flags.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of each (0)")
-    flags.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all recipes")
+    cli.set_flag(flags, "for all recipes")
     flags.add_argument(
         "--launch",
         default=shlex.quote(sys.executable),
@@ -80,7 +79,7 @@ def read_jobs(paths: Sequence[str], seeds: Sequence[int], overrides: Sequence[st
     Raises:
         UserError: a recipe is wrong, or two different ones would write one folder.
     """
-    if seeded := [text for text in overrides if tidy(text).startswith("run.seed=")]:
+    if seeded := [text for text in overrides if text.startswith("run.seed=")]:
         raise UserError(f"--set {seeded[0]}: the seeds of a sweep are given by --seeds")
     jobs: Jobs = {}
     writers: dict[str, Recipe] = {}

@@ -73,6 +73,8 @@ class Method:
     num_networks: ClassVar[int] = 1
     uses_unlabeled: ClassVar[bool] = True
     needs_teachers: ClassVar[bool] = False
+    trains_teachers: ClassVar[bool] = False
+    """All networks but the first teach it: a run is then a student's, which may not teach another."""
     images_per_label: ClassVar[int] = 2
     """Images of one forward pass for each labelled image: what batch statistics are made of."""
     class_weights: Tensor | None = None

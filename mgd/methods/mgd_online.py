@@ -33,6 +33,7 @@ class MGDOnline(MultiGranularity):
     """
 
     Config = MGDOnlineConfig
+    trains_teachers = True
 
     @classmethod
     def check(cls, config: MGDOnlineConfig, teachers: tuple[str, ...]) -> None:

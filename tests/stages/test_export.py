@@ -77,6 +77,7 @@ def test_bad_input_is_one_line(run, tmp_path, capsys):
         (("--format", "onnx", "--size", "12"), "'12' is no size; HEIGHTxWIDTH"),
         (("--format", "onnx", "--images", tmp_path / "none"), "no image there"),
         (("--format", "onnx", "--recipe", tmp_path / "none.toml"), "none.toml is not there"),
+        (("--format", "onnx", "--set", " optim.lr=3"), "--set optim.lr=3: an export reads the images alone"),
     ):
         status, _, error = call_stage(capsys, "export.py", "--model", run, *arguments, "--output", tmp_path / "out")
         assert status == 2 and message in error, error
