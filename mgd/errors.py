@@ -1,4 +1,4 @@
-"""User-facing errors: one exception type and the wording that goes with a wrong name."""
+"""User-facing errors: exception types and the wording that goes with a wrong name."""
 
 import contextlib
 import difflib

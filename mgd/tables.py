@@ -31,7 +31,12 @@ def override(raw: dict[str, Any], text: str) -> None:
     try:
         parsed = tomllib.loads(f"value = {right}")
         value = parsed["value"] if len(parsed) == 1 else right
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if right[:1] in ("[", "{"):
+            raise UserError(
+                f"--set {text}: not valid TOML; quote its words, and the whole for the shell, as in "
+                """--set 'data.classes=["a", "b"]'"""
+            ) from error
         value = right
     table = raw
     for part in parts[:-1]:

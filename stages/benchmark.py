@@ -117,7 +117,8 @@ def _costs(recipe: Recipe, args: argparse.Namespace) -> None:
         check_trainable(where, bare, num_classes, images, recipe.data.crop, several_processes=False)
     rows = []
     for size in args.size or [recipe.data.crop]:
-        for name, section in (recipe.networks | teachers).items():
+        frozen = {f"teachers.{name}": section for name, section in teachers.items()}
+        for name, section in (recipe.networks | frozen).items():
             for part, cost in model_costs(section, num_classes, size).items():
                 row = {"network": name, "part": part, "backbone": section.backbone, "size": size}
                 row |= {"output_stride": section.output_stride, "params_m": cost.params_m, "gmacs": cost.gmacs}

@@ -150,21 +150,25 @@ class CachedTargets:
         return found
 
     def _read(self, path: Path, name: str) -> Tensor:
-        shard, checksums = _open(path, self.digest)
+        shard, checksums, sound = _open(path, self.digest)
         tensor = shard.get_tensor(name)
-        if checksums[name] != _checksum(tensor):
+        if name not in sound and checksums[name] != _checksum(tensor):
             raise UserError(f"{path} is damaged ({name}); delete it, and this mends it: {self.remedy}")
+        sound.add(name)
         return tensor
 
 
 @functools.lru_cache(maxsize=512)
-def _open(path: Path, manifest: str) -> tuple[safe_open, dict[str, int]]:
-    """Open a shard for reading, with the checksums of its tensors; a process keeps those it has opened."""
+def _open(path: Path, manifest: str) -> tuple[safe_open, dict[str, int], set[str]]:
+    """Open a shard for reading, with the checksums of its tensors and the names of those that were found sound.
+
+    A process keeps the shards that it has opened, and sums each tensor up once: an image is cut again and again.
+    """
     shard = safe_open(path, framework="pt")
     header = _header(shard)
     if header["manifest"] != manifest:
         raise UserError(f"{path} is of another cache than the run began with; start the run over: --restart")
-    return shard, header["checksums"]
+    return shard, header["checksums"], set()
 
 
 def valid_pixels(view: View, crop: int) -> Tensor:

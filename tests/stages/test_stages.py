@@ -135,6 +135,16 @@ def test_bad_input_is_one_line(write_recipe, tmp_path, run_here):
     assert done.returncode == 2 and done.stderr.startswith("error: [optim] batch_size leaves one image a process")
 
 
+def test_costs_tell_a_teacher_of_any_name_from_the_student(write_recipe, mgd_recipe, run_here, tmp_path):
+    text = mgd_recipe.read_text()
+    assert "[teachers.deep]" in text and '"deep"' in text
+    mgd_recipe.write_text(text.replace("[teachers.deep]", "[teachers.student]").replace('"deep"', '"student"'))
+    done = run_here("benchmark.py", "--recipe", mgd_recipe, "--json", tmp_path / "costs.json")
+    assert done.returncode == 0, done.stderr
+    networks = {row["network"] for row in json.loads((tmp_path / "costs.json").read_text())}
+    assert networks == {"student", "teachers.student", "teachers.wide"}
+
+
 def test_the_demo_says_what_it_needs(tmp_path, run_here, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
