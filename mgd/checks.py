@@ -15,7 +15,7 @@ from mgd.data.candidates import Candidates
 from mgd.data.datasets import Splits
 from mgd.data.images import Images, mask_sums
 from mgd.data.loaders import per_process
-from mgd.data.partitions import Split, val_key
+from mgd.data.partitions import ResolvedPartition, val_key
 from mgd.data.reading import load_splits, select_ids, split_data, without_augmentation
 from mgd.data.scan import scan
 from mgd.data.stream import Pool, identity
@@ -31,7 +31,7 @@ from mgd.tracking import check_tracker
 
 def check_recipe(
     recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module] | None = None
-) -> tuple[Splits, Split]:
+) -> tuple[Splits, ResolvedPartition]:
     """Check all that can be checked before a run, and return its data and partition.
 
     Raises:
@@ -95,7 +95,7 @@ def check_teachers(recipe: Recipe, sections: Mapping[str, ModelSection], num_cla
             raise UserError(f"{recipe.source}: {error}") from error
 
 
-def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, Split, tuple[int, int]]:
+def check_data(recipe: Recipe, accelerator: Accelerator) -> tuple[Splits, ResolvedPartition, tuple[int, int]]:
     """Read every image and mask that a run will need, and say what is odd about them.
 
     Returns:
@@ -130,7 +130,7 @@ def _say_once(accelerator: Accelerator, text: str) -> None:
 @functools.lru_cache(maxsize=4)
 def _check_images(
     section: DataSection, labeled: tuple[str, ...], unlabeled: tuple[str, ...], accelerator: Accelerator
-) -> tuple[Splits, Split, tuple[int, int]]:
+) -> tuple[Splits, ResolvedPartition, tuple[int, int]]:
     """Read every image and mask of a run once, each process its share, before hours are spent on them.
 
     Returns:
@@ -183,7 +183,7 @@ def _check_images(
     skipped |= {val_key(name): why for name, why in problems["validation"].items()}
     class_pixels = tuple(pixels["labelled"][: len(splits.classes)].tolist())
     masks = mask_sums(select_ids(splits.labeled, labeled), splits.val)
-    partition = Split(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels, masks=masks)
+    partition = ResolvedPartition(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels, masks=masks)
     return splits, partition, (first.height, first.width)
 
 

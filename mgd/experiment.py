@@ -18,7 +18,7 @@ from mgd.checks import check_recipe
 from mgd.data.datasets import Splits
 from mgd.data.images import Images
 from mgd.data.loaders import TrainingPairs, evaluation_loader
-from mgd.data.partitions import Split
+from mgd.data.partitions import ResolvedPartition
 from mgd.data.stream import Pool
 from mgd.files import append_line, keep_lines, write_json
 from mgd.finished import all_finished, finished
@@ -121,7 +121,7 @@ def _run(
     teachers: Mapping[str, nn.Module] | None,
     restart: bool,
     splits: Splits,
-    partition: Split,
+    partition: ResolvedPartition,
 ) -> dict[str, Any]:
     """Do what `run_recipe` promises, with everything checked and the folder held."""
     folder = recipe.run_dir
@@ -175,7 +175,11 @@ def _run(
 
 
 def _build(
-    recipe: Recipe, accelerator: Accelerator, teachers: Mapping[str, nn.Module], splits: Splits, partition: Split
+    recipe: Recipe,
+    accelerator: Accelerator,
+    teachers: Mapping[str, nn.Module],
+    splits: Splits,
+    partition: ResolvedPartition,
 ) -> tuple[Method, TrainingPairs]:
     """Return the method with its networks, and the samples of the run with what cached teachers say of them."""
     networks = build_networks(recipe, splits)
@@ -192,7 +196,7 @@ def _build(
 
 
 def build_method(
-    recipe: Recipe, networks: Sequence[nn.Module], teachers: Mapping[str, nn.Module], partition: Split
+    recipe: Recipe, networks: Sequence[nn.Module], teachers: Mapping[str, nn.Module], partition: ResolvedPartition
 ) -> Method:
     """Return the method of a recipe, checked, its classes weighed.
 
@@ -216,7 +220,7 @@ def build_method(
 def _metrics(
     recipe: Recipe,
     splits: Splits,
-    partition: Split,
+    partition: ResolvedPartition,
     result: Scores,
     num_steps: int,
     spent: TrainingTime,

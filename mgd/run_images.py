@@ -3,20 +3,20 @@
 from mgd.data.datasets import Splits
 from mgd.data.images import Images
 from mgd.data.loaders import TrainingPairs
-from mgd.data.partitions import Split
+from mgd.data.partitions import ResolvedPartition
 from mgd.data.reading import select_ids
 from mgd.data.targets import CachedTargets
 from mgd.recipe import Recipe
 
 
-def training_images(recipe: Recipe, splits: Splits, partition: Split) -> Images:
+def training_images(recipe: Recipe, splits: Splits, partition: ResolvedPartition) -> Images:
     """Return all images of a partition, labelled or not, without their masks."""
     ids = partition.labeled + partition.unlabeled
     return Images(select_ids(splits.without_masks(), ids), None, recipe.data.image_scale)
 
 
 def training_pairs(
-    recipe: Recipe, splits: Splits, partition: Split, targets: CachedTargets | None = None
+    recipe: Recipe, splits: Splits, partition: ResolvedPartition, targets: CachedTargets | None = None
 ) -> TrainingPairs:
     """Return the samples of a run, but for a stream's images.
 
@@ -33,6 +33,6 @@ def training_pairs(
     return TrainingPairs(labeled, pool, recipe.data, recipe.run.seed, targets)
 
 
-def unlabeled_images(splits: Splits, partition: Split, image_scale: float) -> Images:
+def unlabeled_images(splits: Splits, partition: ResolvedPartition, image_scale: float) -> Images:
     """Return the unlabelled images; with none left the labelled ones serve as the pool, their masks unseen."""
     return Images(select_ids(splits.without_masks(), partition.unlabeled or partition.labeled), None, image_scale)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mgd.data.partitions import Manifest, Seen, Split, read_manifest, repainted
+from mgd.data.partitions import Manifest, ResolvedPartition, Seen, read_manifest, repainted
 from mgd.errors import UserError, some
 from mgd.files import absolute, read_json, write_json, write_text
 from mgd.recipe import FREE_KEYS, Recipe, parse
@@ -106,7 +106,7 @@ def read_metrics(folder: Path, recipe: Recipe, more: Sequence[str] = ()) -> dict
     return metrics
 
 
-def open_folder(recipe: Recipe, partition: Split, teachers: Mapping[str, str], restart: bool) -> None:
+def open_folder(recipe: Recipe, partition: ResolvedPartition, teachers: Mapping[str, str], restart: bool) -> None:
     """Make the run folder with `recipe.toml` and `partition.json`; `restart` empties it first.
 
     Args:

@@ -167,5 +167,5 @@ def start_worker(_: int) -> None:
 
 
 def mask_sums(labeled: datasets.Dataset, val: datasets.Dataset) -> dict[str, int]:
-    """Return the CRC-32 of the masks that are files, as `Split.masks` has them."""
+    """Return the CRC-32 of the masks that are files, as `ResolvedPartition.masks` has them."""
     return Images(labeled).mask_sums() | {val_key(name): found for name, found in Images(val).mask_sums().items()}

@@ -18,7 +18,7 @@ from mgd.tables import labeled_amount
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class ResolvedPartition:
     """Which images a run reads as what, and what was found when they were read."""
 
     labeled: tuple[str, ...]
@@ -73,7 +73,7 @@ def val_key(name: str) -> str:
 
 
 class Manifest(BaseModel):
-    """What is read again of `partition.json`, see `Split`; keys that an older run did not write have defaults."""
+    """What is read again of `partition.json`, see `ResolvedPartition`; keys that an older run did not write have defaults."""
 
     model_config = ConfigDict(strict=True)
     labeled: list[str]
@@ -127,7 +127,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def repainted(then: Mapping[str, int], now: Mapping[str, int]) -> list[str]:
-    """Return which masks, of those known then (`Split.masks`), are others now."""
+    """Return which masks, of those known then (`ResolvedPartition.masks`), are others now."""
     return [name for name, found in now.items() if then.get(name, found) != found]
 
 
@@ -138,7 +138,7 @@ class Seen(NamedTuple):
     val: int | None
     """None: an older run did not keep it."""
     masks: Mapping[str, int]
-    """See `Split.masks`."""
+    """See `ResolvedPartition.masks`."""
 
 
 def same_data(one: Seen | None, other: Seen | None) -> bool:
@@ -168,7 +168,7 @@ def split(
     data_name: str = "",
     pool: Sequence[str] = (),
     held_out: Collection[str] = (),
-) -> Split:
+) -> ResolvedPartition:
     """Divide the training images, by lists or by a draw.
 
     Args:
@@ -198,7 +198,7 @@ def split(
     order = draw(with_mask, seed)
     chosen = _balanced(order, wanted, presence) if section.balanced else order[:wanted]
     rest = set(with_mask) - set(chosen)
-    return Split(labeled=tuple(sorted(chosen)), unlabeled=tuple(sorted(rest | set(without_mask))))
+    return ResolvedPartition(labeled=tuple(sorted(chosen)), unlabeled=tuple(sorted(rest | set(without_mask))))
 
 
 def draw(names: Iterable[str], seed: int) -> list[str]:
@@ -212,7 +212,7 @@ def _by_lists(
     without_mask: Sequence[str],
     data_name: str,
     held_out: Collection[str],
-) -> Split:
+) -> ResolvedPartition:
     lists = own_lists(section) if section.protocol == "files" else public_lists(section, data_name)
     where = section.labeled_list or f"the {section.protocol} list {section.labeled}"
     everything = {*with_mask, *without_mask}
@@ -227,7 +227,7 @@ def _by_lists(
     if both and section.protocol == "files":
         raise UserError(f"{where}: {both[0]} stands in both lists")
     # One public list (PseudoSeg, 1/16) names a labelled image among the unlabelled; it is labelled.
-    return Split(labeled=tuple(sorted(labeled)), unlabeled=tuple(sorted(set(unlabeled) - set(both))))
+    return ResolvedPartition(labeled=tuple(sorted(labeled)), unlabeled=tuple(sorted(set(unlabeled) - set(both))))
 
 
 def _balanced(drawn: Sequence[str], wanted: int, presence: Mapping[str, np.ndarray]) -> list[str]:

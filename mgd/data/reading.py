@@ -10,7 +10,7 @@ import numpy as np
 
 from mgd.data.datasets import Splits
 from mgd.data.images import Images
-from mgd.data.partitions import Split, split
+from mgd.data.partitions import ResolvedPartition, split
 from mgd.data.stream import whole_pool
 from mgd.errors import UserError, one_line, some
 from mgd.sections import DataSection, Partition
@@ -49,7 +49,7 @@ def _load_splits(section: DataSection) -> Splits:
     return splits
 
 
-def split_data(section: DataSection, partition: Partition, seed: int) -> Split:
+def split_data(section: DataSection, partition: Partition, seed: int) -> ResolvedPartition:
     """Draw a partition of the data of a recipe.
 
     Args:
