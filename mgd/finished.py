@@ -81,7 +81,7 @@ def finished(recipe: Recipe) -> dict[str, Any] | None:
 def _still_unusable(
     section: DataSection, labeled: tuple[str, ...], unlabeled: tuple[str, ...], left_out: tuple[str, ...]
 ) -> frozenset[str]:
-    """Return which of the images that a run left out, as `ResolvedPartition.skipped` names them, cannot be used now either.
+    """Return which of the images that a run left out, as `ResolvedPartition.skipped` names them, are unusable now, too.
 
     Args:
         section: the data.

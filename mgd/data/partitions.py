@@ -73,7 +73,7 @@ def val_key(name: str) -> str:
 
 
 class Manifest(BaseModel):
-    """What is read again of `partition.json`, see `ResolvedPartition`; keys that an older run did not write have defaults."""
+    """What is read again of `partition.json`, see `ResolvedPartition`; what an older run did not write has defaults."""
 
     model_config = ConfigDict(strict=True)
     labeled: list[str]
