@@ -158,15 +158,7 @@ def _check_images(
             raise UserError(f"[data] none of the {len(problems[what])} {what} images can be used")
         if pixels[what][:255].sum() == 0:
             raise UserError(f"[data] the {what} masks hold nothing but 255 (ignore)")
-    if np.count_nonzero(pixels["labelled"][:255]) < 2:
-        raise UserError(
-            "[data] the labelled masks show a single class (255 is ignored: of masks of 0 and 255, data.colors = "
-            "[[0, 0, 0], [255, 255, 255]] says that both are classes)"
-        )
-    unseen = [name for index, name in enumerate(splits.classes) if pixels["labelled"][index] == 0]
-    if unseen:
-        hint = " (255 is ignored: is it painted 255? then give data.colors)" if pixels["labelled"][255] else ""
-        accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
+    _check_classes_shown(pixels["labelled"], splits.classes, accelerator)
     if few := few_images(len(splits.val) - len(problems["validation"])):
         accelerator.print(f"note: {few}", flush=True)
     val = [name for name in splits.val["id"] if name not in problems["validation"]]
@@ -185,6 +177,24 @@ def _check_images(
     masks = mask_sums(select_ids(splits.labeled, labeled), splits.val)
     partition = ResolvedPartition(labeled, unlabeled, skipped, val=tuple(val), class_pixels=class_pixels, masks=masks)
     return splits, partition, (first.height, first.width)
+
+
+def _check_classes_shown(pixels: np.ndarray, classes: Sequence[str], accelerator: Accelerator) -> None:
+    """Refuse labels of a single class, and name the classes that they do not show.
+
+    Args:
+        pixels: `[256]`, labelled pixels of each value.
+        classes: names.
+        accelerator: whose main process names them.
+    """
+    if np.count_nonzero(pixels[:255]) < 2:
+        raise UserError(
+            "[data] the labelled masks show a single class (255 is ignored: of masks of 0 and 255, data.colors = "
+            "[[0, 0, 0], [255, 255, 255]] says that both are classes)"
+        )
+    if unseen := [name for name, count in zip(classes, pixels[:255], strict=False) if count == 0]:
+        hint = " (255 is ignored: is it painted 255? then give data.colors)" if pixels[255] else ""
+        accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
 
 
 def _same_images(labeled: datasets.Dataset, val: datasets.Dataset, ids: tuple[str, ...]) -> list[str]:
