@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import PIL.Image
@@ -28,6 +28,16 @@ from mgd.recipe import Recipe
 from mgd.tables import tidy
 
 
+class Flags(argparse.ArgumentParser):
+    """The flags of a stage, which says what to do where the shell has cut a value into words."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with status 2."""
+        if message.startswith("unrecognized arguments") and any("=[" in word for word in sys.argv):
+            message += """; a value with blanks or quotes wants quotes of the shell: --set 'data.classes=["a", "b"]'"""
+        super().error(message)
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every stage that trains."""
     flags = recipe_parser(description)
@@ -37,16 +47,16 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 def recipe_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with the flags of every stage that takes one recipe and prints a table."""
-    flags = argparse.ArgumentParser(description=description)
+    flags = Flags(description=description)
     flags.add_argument("--recipe", required=True, help="TOML file, e.g. recipes/quickstart.toml")
     set_flag(flags, "change one key of the recipe")
     json_flag(flags)
     return flags
 
 
-def set_flag(flags: argparse.ArgumentParser, text: str) -> None:
-    """Add --set, of every stage that reads a recipe, with its help."""
-    flags.add_argument("--set", action="append", type=tidy, default=[], metavar="SECTION.KEY=VALUE", help=text)
+def set_flag(flags: argparse.ArgumentParser, text: str, section: str = "SECTION") -> None:
+    """Add --set, of every stage that reads a recipe, with its help and the section that it is for."""
+    flags.add_argument("--set", action="append", type=tidy, default=[], metavar=f"{section}.KEY=VALUE", help=text)
 
 
 def refuse_sets(overrides: Sequence[str], matters: Sequence[str], why: str) -> None:
@@ -60,7 +70,7 @@ def refuse_sets(overrides: Sequence[str], matters: Sequence[str], why: str) -> N
     Raises:
         UserError: naming the first.
     """
-    if odd := [text for text in overrides if not text.startswith(tuple(matters))]:
+    if odd := [text for text in overrides if "=" in text and not text.startswith(tuple(matters))]:
         raise UserError(f"--set {odd[0]}: {why}")
 
 

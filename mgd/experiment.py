@@ -58,9 +58,12 @@ def run_needed(needed: Mapping[str, Recipe], accelerator: Accelerator) -> list[d
             check_recipe(recipe, accelerator)
     rows = []
     for title, recipe in needed.items():
-        if not done[title]:
+        if metrics := done[title]:
+            rows.append(_say_finished(recipe, metrics, accelerator))
+            continue
+        if recipe.run_dir not in (other.run_dir for other in list(needed.values())[: len(rows)]):
             accelerator.print(f"{title}: {recipe.run_dir} is not finished; training it now: {recipe.command}")
-        rows.append(_say_finished(recipe, done[title], accelerator) if done[title] else run_recipe(recipe, accelerator))
+        rows.append(run_recipe(recipe, accelerator))
     return rows
 
 

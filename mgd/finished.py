@@ -28,7 +28,7 @@ def all_finished(recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any] | No
         except UserError as error:
             stale.append(str(error))
     if stale:
-        raise UserError("\n".join(stale))
+        raise UserError("\n".join(dict.fromkeys(stale)))  # several may share a run
     return found
 
 

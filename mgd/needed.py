@@ -91,22 +91,24 @@ def check_comparable(recipe: Recipe, other: Recipe, title: str, is_baseline: boo
     Raises:
         UserError: a key that must agree does not, naming it and both values.
     """
-    agree = [("partition", key) for key in Partition.model_fields if f"partition.{key}" not in FREE_KEYS]
-    agree += [("data", key) for key in ("name", "image_scale", *type(recipe.data).image_keys())]
-    if other.method_class.uses_unlabeled:
-        agree.append(("data", "unlabeled"))
-    mine, theirs = with_places(recipe.to_dict()), with_places(other.to_dict())
-    pairs = {f"[{section}] {key}": (mine[section].get(key), theirs[section].get(key)) for section, key in agree}
     if is_baseline:
-        mine, theirs = comparable_keys(recipe), comparable_keys(other)
-        for name in sorted(mine.keys() | theirs.keys()):
-            section, key = name.split(".", 1)
-            pairs.setdefault(f"[{section}] {key}", (mine.get(name), theirs.get(name)))
-    for key, (here, there) in pairs.items():
+        keys = comparable_keys(recipe).keys() | comparable_keys(other).keys()
+        agree = {tuple(key.split(".")[:2]) for key in keys}
+        way_out = """, or leave it out: --set 'eval.baselines=[]'"""
+    else:
+        agree = {("partition", key) for key in Partition.model_fields if f"partition.{key}" not in FREE_KEYS}
+        agree |= {("data", key) for key in ("name", "image_scale", *type(recipe.data).image_keys())}
+        way_out = ", or name the teacher by checkpoint = its folder"
+    if other.method_class.uses_unlabeled:
+        agree.add(("data", "unlabeled"))
+    mine, theirs = with_places(recipe.to_dict()), with_places(other.to_dict())
+    for section, key in sorted(agree):
+        here, there = mine[section].get(key), theirs[section].get(key)
         if here != there:
+            here, there = ("nothing" if value is None else repr(value) for value in (here, there))
             raise UserError(
-                f"{recipe.source}: {title} ({other.source}) must agree in {key}, but has {there!r}, here {here!r}; "
-                "make them equal" + ("" if is_baseline else ", or name the teacher by checkpoint = its folder")
+                f"{recipe.source}: {title} ({other.source}) must agree in [{section}] {key}, but has {there}, "
+                f"here {here}; make them equal{way_out}"
             )
 
 

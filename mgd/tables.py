@@ -32,10 +32,10 @@ def override(raw: dict[str, Any], text: str) -> None:
         parsed = tomllib.loads(f"value = {right}")
         value = parsed["value"] if len(parsed) == 1 else right
     except (ValueError, RecursionError) as error:
-        if right[:1] in ("[", "{"):
+        if right[:1] + right[-1:] in ("[]", "{}"):
             raise UserError(
-                f"--set {text}: not valid TOML; quote its words, and the whole for the shell, as in "
-                """--set 'data.classes=["a", "b"]'"""
+                f"--set {text[:200]}: not valid TOML ({str(error)[:100]}); words in a list want quotes, and the whole "
+                """those of the shell: --set 'data.classes=["a", "b"]'"""
             ) from error
         value = right
     table = raw

@@ -7,7 +7,6 @@ import mgd.bootstrap  # noqa: F401
 
 # isort: split
 
-import argparse
 import importlib.util
 import threading
 
@@ -20,7 +19,7 @@ from mgd.models.segmenter import Segmenter
 
 def main() -> None:
     """Load the models and serve the page until a signal comes."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--compare", help="a second one, shown beside it")
     flags.add_argument("--port", type=cli.at_least(1), default=7860, help="of the page, on this machine")

@@ -7,7 +7,6 @@ import mgd.bootstrap  # noqa: F401
 
 # isort: split
 
-import argparse
 import functools
 from pathlib import Path
 
@@ -30,7 +29,7 @@ _MATTERS = ("data.", "eval.", "run.")
 
 def main() -> None:
     """Evaluate one model on images of a recipe."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--recipe", help="recipe whose images are used; left out, the model's own")
     flags.add_argument(

@@ -29,13 +29,15 @@ from mgd.models.segmenter import fingerprint, load_segmenter
 from mgd.recipe import load
 from mgd.registry import EXPORTERS
 
+_READ = ("data.", "partition.", "run.seed=")
+"""What of a recipe an export reads."""
 MOST = 16384
 """Pixels a side."""
 
 
 def main() -> None:
     """Write one file, try it, keep it if it does what the network does."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--format", required=True, help=", ".join(EXPORTERS.names()))
     flags.add_argument("--size", type=_size, help="of an image, HEIGHTxWIDTH; left out, the training crop")
@@ -56,9 +58,8 @@ def main() -> None:
     flags.add_argument("--output", type=cli.output_folder, help="folder; left out, export/ in the run")
     args = flags.parse_args()
 
-    cli.refuse_sets(
-        args.set, ["data.", "partition.", "run.seed"], "an export reads the images alone: data.*, partition.*"
-    )
+    read = ", ".join(key.rstrip("=") + ("*" if key.endswith(".") else "") for key in _READ)
+    cli.refuse_sets(args.set, _READ, f"an export reads the images alone, by {read}")
     exporter = EXPORTERS.get(args.format)()
     exporter.check()
     if args.int8 and not exporter.quantizes:

@@ -7,7 +7,6 @@ import mgd.bootstrap  # noqa: F401
 
 # isort: split
 
-import argparse
 import functools
 import itertools
 import sys
@@ -50,7 +49,7 @@ class Prediction(NamedTuple):
 
 def main() -> None:
     """Segment every image that can be read, and name those that cannot."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("--model", required=True, help="run folder, model folder or hub id")
     flags.add_argument("--input", required=True, help="an image, a folder, or a quoted pattern like 'shots/*.jpg'")
     flags.add_argument("--output", required=True, type=cli.output_folder, help="folder for the results")
@@ -58,7 +57,7 @@ def main() -> None:
         "--save", nargs="+", choices=KINDS, default=list(KINDS[:3]), help="what to write (all but probabilities)"
     )
     flags.add_argument("--batch", type=cli.at_least(1), default=8, help="images of one size at once")
-    cli.set_flag(flags, "e.g. eval.mode=slide")
+    cli.set_flag(flags, "e.g. eval.mode=slide", "EVAL")
     args = flags.parse_args()
 
     accelerator = cli.new_accelerator()

@@ -7,6 +7,8 @@ import mgd.bootstrap  # noqa: F401
 
 # isort: split
 
+import numpy as np
+
 from mgd import cli
 from mgd.checks import check_data
 from mgd.data.images import Images
@@ -44,13 +46,10 @@ def main() -> None:
         rows.append({"images": "[data.unlabeled]", "count": count, "unusable": len(bad), "sizes": ""})
     cli.print_rows(rows, args.json)
     print()
-    shares = {name: 100 * counts / max(counts.sum(), 1) for name, counts in pixels.items()}
     names = [*enumerate(splits.classes), (255, "ignored")]
+    columns = {"train pixels %": pixels["train, with mask"], "val pixels %": pixels["val"]}
     cli.print_rows(
-        [
-            {"class": name, "train pixels %": shares["train, with mask"][index], "val pixels %": shares["val"][index]}
-            for index, name in names
-        ]
+        [{"class": name} | {key: _share(counts, index) for key, counts in columns.items()} for index, name in names]
     )
     if problems and recipe.data.on_error == "raise":
         raise UserError("\n".join(problems))
@@ -61,6 +60,11 @@ def main() -> None:
         f"partition: {len(partition.labeled)} labelled / {partition.unlabeled_text} unlabelled; nothing is wrong"
         + (" with the others" if problems else "")
     )
+
+
+def _share(counts: np.ndarray, index: int) -> float | None:
+    """Return how many of the pixels have a value, %; None where no mask could be read."""
+    return 100 * counts[index] / total if (total := counts.sum()) else None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import mgd.bootstrap  # noqa: F401
 
 # isort: split
 
-import argparse
 from pathlib import Path
 
 from mgd import cli
@@ -16,7 +15,7 @@ from mgd.hub import open_run, push, write_folder
 
 def main() -> None:
     """Push one run, or write what would be pushed."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("--run", required=True, metavar="DIR", help="folder of a finished run")
     flags.add_argument("--repo", required=True, metavar="ORG/NAME", help="repository; made if it is not there")
     flags.add_argument(

@@ -7,7 +7,6 @@ import mgd.bootstrap  # noqa: F401
 
 # isort: split
 
-import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +30,7 @@ ONLY_CSV = ("data", "crop", "backbone_gmacs", "reference_source")
 
 def main() -> None:
     """Write report.md, report.csv and the figures, and print the tables."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("runs", nargs="*", default=["runs"], help="run folders, or folders that hold runs")
     flags.add_argument(
         "--output", default="report", metavar="DIR", type=cli.output_folder, help="where the files go (report)"
@@ -107,15 +106,21 @@ def qualitative(members: Sequence[Cell], samples: int, output: Path) -> None:
     images = usable_masked(splits.val, splits.decoder, first.data, "validation", accelerator)
     indices = evenly(len(images), samples)
     pictures: list[tuple] = []
-    titles = ["image", "truth"]
+    titles, kinds = ["image", "truth"], list(map(_kind, chosen))
     for cell in chosen:
         run = cell.runs[0]
         network = load_segmenter(run.folder).to(accelerator.device)
         found = predict_samples(network, images, indices, cell.recipe, accelerator.device)
         pictures = pictures or [(image, label) for image, label, _ in found]
         pictures = [(*row, prediction) for row, (_, _, prediction) in zip(pictures, found, strict=True)]
-        titles.append(f"{cell.recipe.method.name}\n{cell.recipe.student.backbone}\nmIoU {run.metrics['miou']:.2f}")
+        name = cell.recipe.method.name if kinds.count(_kind(cell)) == 1 else cell.row_name
+        titles.append(f"{name}\n{cell.recipe.student.backbone}\nmIoU {run.metrics['miou']:.2f}")
     save_overlays(pictures, splits.classes, splits.colors, output, titles)
+
+
+def _kind(cell: Cell) -> tuple[str, str]:
+    """What tells most methods in a picture apart; where it does not, runs are named."""
+    return cell.recipe.method.name, cell.recipe.student.backbone
 
 
 if __name__ == "__main__":

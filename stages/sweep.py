@@ -49,7 +49,7 @@ Jobs = dict[Path, Job]
 
 def main() -> None:
     """Run every job that is not finished, each in a process of its own, and print what came out of all."""
-    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags = cli.Flags(description=__doc__.splitlines()[0])
     flags.add_argument("recipes", nargs="+", help="TOML files; runs they need (teachers) come first, once")
     flags.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="run.seed of each (0)")
     cli.set_flag(flags, "for all recipes")

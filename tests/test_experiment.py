@@ -358,6 +358,8 @@ def test_all_that_is_stale_is_named_at_once(write_recipe, run_here, tmp_path):
     lines = refused.stderr.splitlines()
     assert [Path(line.split()[1]).name for line in lines] == ["one", "baseline"]
     assert all("or train it anew: accelerate launch stages/teacher_cps.py" in line for line in lines)
+    refused = run_here("sweep.py", student)
+    assert [Path(line.split()[1]).name for line in refused.stderr.splitlines()] == ["tiny", "one", "baseline"]
 
 
 def test_data_that_is_away_is_told_from_data_that_is_wrong(write_recipe, tmp_path):
@@ -405,7 +407,7 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
     path = write_recipe(
         "student.toml",
         run={"name": "student-s{seed}"},
-        method={"name": "kd", "distill_from": ["deep", "twin"]},
+        method={"name": "kd", "distill_from": ["deep", "twin"], "ohem": ohem["ohem"]},
         teachers={
             "deep": {"recipe": str(tmp_path / "deep.toml")},
             "twin": {"recipe": str(tmp_path / "deep.toml"), "seed_offset": 1000},
@@ -433,7 +435,8 @@ def test_what_a_student_passes_on(write_recipe, tmp_path):
         write_recipe("baseline.toml", run={"name": "baseline-s{seed}"}, method=ohem, eval={"scales": [0.5]})
         needed_recipes(load(path))
     for key, changed in (
-        (r"\[method\] ohem.threshold, but has None, here 0.7", {}),
+        (r"\[method\] ohem, but has nothing, here {'threshold': 0.7, .*--set 'eval.baselines=\[\]'", {}),
+        (r"\[student\] head, but has {.*'channels': 20", {"student": {"head": {"channels": 20}}, "method": ohem}),
         (r"\[method\] class_balance, but has 0.5, here 0.0", {"method": ohem | {"class_balance": 0.5}}),
         (r"\[data\] flip, but has False, here True", {"method": ohem, "data": {"flip": False}}),
     ):

@@ -150,25 +150,43 @@ class CachedTargets:
         return found
 
     def _read(self, path: Path, name: str) -> Tensor:
-        shard, checksums, sound = _open(path, self.digest)
-        tensor = shard.get_tensor(name)
-        if name not in sound and checksums[name] != _checksum(tensor):
+        tensor = _open(path, self.digest).read(name)
+        if tensor is None:
             raise UserError(f"{path} is damaged ({name}); delete it, and this mends it: {self.remedy}")
-        sound.add(name)
+        return tensor
+
+
+class _Shard:
+    """A shard that is open; an image of it is cut again and again, so what was found sound is not summed up again.
+
+    Args:
+        path: of the file.
+        manifest: digest of the cache that it must be of.
+
+    Raises:
+        UserError: it is of another cache.
+    """
+
+    def __init__(self, path: Path, manifest: str) -> None:
+        self.file = safe_open(path, framework="pt")
+        header = _header(self.file)
+        if header["manifest"] != manifest:
+            raise UserError(f"{path} is of another cache than the run began with; start the run over: --restart")
+        self.checksums, self.sound = header["checksums"], set()
+
+    def read(self, name: str) -> Tensor | None:
+        """Return a tensor, or None if it is damaged."""
+        tensor = self.file.get_tensor(name)
+        if name not in self.sound and self.checksums[name] != _checksum(tensor):
+            return None
+        self.sound.add(name)
         return tensor
 
 
 @functools.lru_cache(maxsize=512)
-def _open(path: Path, manifest: str) -> tuple[safe_open, dict[str, int], set[str]]:
-    """Open a shard for reading, with the checksums of its tensors and the names of those that were found sound.
-
-    A process keeps the shards that it has opened, and sums each tensor up once: an image is cut again and again.
-    """
-    shard = safe_open(path, framework="pt")
-    header = _header(shard)
-    if header["manifest"] != manifest:
-        raise UserError(f"{path} is of another cache than the run began with; start the run over: --restart")
-    return shard, header["checksums"], set()
+def _open(path: Path, manifest: str) -> _Shard:
+    """Open a shard; a process keeps those it has opened."""
+    return _Shard(path, manifest)
 
 
 def valid_pixels(view: View, crop: int) -> Tensor:

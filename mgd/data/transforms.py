@@ -12,6 +12,8 @@ from mgd.errors import UserError, some
 from mgd.pictures import to_tensor
 
 IGNORE_INDEX = 255
+LEAST_LOSSY = 8  # more wrong values than that, and a mask has most likely been through JPEG
+_LOSSY = "; or was it saved as JPEG, or resized smoothly? both invent values: make it anew, as PNG"
 MEAN_COLOR = (124, 116, 104)  # ImageNet's mean, 0..255: what images are padded with
 
 
@@ -60,9 +62,10 @@ class LabelDecoder:
             values = [str(value) for value in np.unique(label[wrong])]
             which = f"value {values[0]} is" if len(values) == 1 else f"values {some(values)} are"
             raise UserError(
-                f"mask of {name}: {which} no class; the data set has "
-                f"{self.num_classes} classes (0 to {self.num_classes - 1}) and 255 for ignore; other grey "
-                "values in a folder of yours are [data] colors, 7 being [7, 7, 7], and ignore_color what has no label"
+                f"mask of {name}: {which} no class; the data set has {self.num_classes} classes "
+                f"(0 to {self.num_classes - 1}) and 255 for ignore; in a folder of yours name every class in [data] "
+                "classes, or grey values in [data] colors, v being [v, v, v], and what has no label in ignore_color"
+                + (_LOSSY if len(values) > LEAST_LOSSY else "")
             )
         return label.astype(np.uint8, copy=False)
 

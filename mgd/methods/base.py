@@ -74,7 +74,7 @@ class Method:
     uses_unlabeled: ClassVar[bool] = True
     needs_teachers: ClassVar[bool] = False
     trains_teachers: ClassVar[bool] = False
-    """All networks but the first teach it: a run is then a student's, which may not teach another."""
+    """Networks at other places than "student" (`sections`) teach it: it is a student, which may teach no other."""
     images_per_label: ClassVar[int] = 2
     """Images of one forward pass for each labelled image: what batch statistics are made of."""
     class_weights: Tensor | None = None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mgd.data import targets
 from mgd.data.targets import CachedTargets, cut_cells, digest, shard_path, write_shard
 from mgd.data.transforms import View, augment, draw_view
 from mgd.errors import UserError
@@ -136,3 +137,27 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     ):
         view = View((0, 0, 48, 48), (48, 48), (0, 0), False)
         CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}, "mend").cut("a", SIZE, view, CROP)
+
+
+def test_each_tensor_is_summed_up_once(tmp_path, monkeypatch):
+    write(tmp_path)
+    summed, view = [], View((0, 0, 48, 48), (48, 48), (0, 0), False)
+    checksum = targets._checksum
+    monkeypatch.setattr(targets, "_checksum", lambda tensor: summed.append(0) or checksum(tensor))
+    cached = CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}, "mend")
+    for name in ("a", "a", "a", "b", "b"):
+        cached.cut(name, SIZE, view, CROP)
+    assert len(summed) == 2
+
+
+def test_damage_is_found_in_a_shard_that_was_read_before(tmp_path):
+    write(tmp_path)
+    path, view = shard_path(tmp_path, 0), View((0, 0, 48, 48), (48, 48), (0, 0), False)
+    at = path.read_bytes().index(load_file(path)["1/t/labels"].numpy().tobytes())
+    with open(path, "r+b") as file:
+        file.seek(at + 9)
+        file.write(b"\x44")
+    cached = CachedTargets(tmp_path, MANIFEST, {"t": ("labels",)}, "mend")
+    cached.cut("a", SIZE, view, CROP)
+    with pytest.raises(UserError, match="shard-00000.safetensors is damaged"):
+        cached.cut("b", SIZE, view, CROP)

@@ -238,6 +238,8 @@ def test_label_decoder_with_as_many_classes_as_fit():
 def test_label_decoder_names_what_is_wrong():
     with pytest.raises(UserError, match="mask of street/7: value 9 is no class; the data set has 3 classes"):
         LabelDecoder(3)(PIL.Image.new("L", (2, 2), 9), "street/7")
+    with pytest.raises(UserError, match="values 3, 4, 5, .* more are no class.* make it anew, as PNG"):
+        LabelDecoder(3)(PIL.Image.fromarray(np.arange(40, dtype=np.uint8)[None]), "x")
     for value in (-9999, -256, 300):
         with pytest.raises(UserError, match=f"mask of x: value {value} is no class"):
             LabelDecoder(3)(PIL.Image.fromarray(np.full((1, 1), value, np.int32)), "x")
