@@ -56,15 +56,14 @@ def run_needed(needed: Mapping[str, Recipe], accelerator: Accelerator) -> list[d
     for title, recipe in needed.items():
         if not done[title]:
             check_recipe(recipe, accelerator)
-    rows = []
+    results = {recipe.run_dir: done[title] for title, recipe in needed.items()}  # several may share a run
     for title, recipe in needed.items():
-        if metrics := done[title]:
-            rows.append(_say_finished(recipe, metrics, accelerator))
+        if metrics := results[recipe.run_dir]:
+            _say_finished(recipe, metrics, accelerator)
             continue
-        if recipe.run_dir not in (other.run_dir for other in list(needed.values())[: len(rows)]):
-            accelerator.print(f"{title}: {recipe.run_dir} is not finished; training it now: {recipe.command}")
-        rows.append(run_recipe(recipe, accelerator))
-    return rows
+        accelerator.print(f"{title}: {recipe.run_dir} is not finished; training it now: {recipe.command}")
+        results[recipe.run_dir] = run_recipe(recipe, accelerator)
+    return [results[recipe.run_dir] for recipe in needed.values()]
 
 
 def run_recipe(

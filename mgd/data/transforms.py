@@ -12,7 +12,7 @@ from mgd.errors import UserError, some
 from mgd.pictures import to_tensor
 
 IGNORE_INDEX = 255
-LEAST_LOSSY = 8  # more wrong values than that, and a mask has most likely been through JPEG
+_MANY_VALUES = 8  # more wrong values than that, and a mask has most likely been through JPEG
 _LOSSY = "; or was it saved as JPEG, or resized smoothly? both invent values: make it anew, as PNG"
 MEAN_COLOR = (124, 116, 104)  # ImageNet's mean, 0..255: what images are padded with
 
@@ -65,7 +65,7 @@ class LabelDecoder:
                 f"mask of {name}: {which} no class; the data set has {self.num_classes} classes "
                 f"(0 to {self.num_classes - 1}) and 255 for ignore; in a folder of yours name every class in [data] "
                 "classes, or grey values in [data] colors, v being [v, v, v], and what has no label in ignore_color"
-                + (_LOSSY if len(values) > LEAST_LOSSY else "")
+                + (_LOSSY if len(values) > _MANY_VALUES else "")
             )
         return label.astype(np.uint8, copy=False)
 
