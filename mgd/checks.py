@@ -192,7 +192,7 @@ def _check_classes_shown(pixels: np.ndarray, classes: Sequence[str], accelerator
             "[data] the labelled masks show a single class (255 is ignored: of masks of 0 and 255, data.colors = "
             "[[0, 0, 0], [255, 255, 255]] says that both are classes)"
         )
-    if unseen := [name for name, count in zip(classes, pixels[:255], strict=False) if count == 0]:
+    if unseen := [name for index, name in enumerate(classes) if pixels[index] == 0]:
         hint = " (255 is ignored: is it painted 255? then give data.colors)" if pixels[255] else ""
         accelerator.print(f"note: no labelled pixel of class {', '.join(unseen)}{hint}", flush=True)
 

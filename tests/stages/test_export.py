@@ -31,20 +31,8 @@ def run(tmp_path_factory):
 def test_a_run_becomes_a_file_that_runs_without_us(run, run_here):
     import onnxruntime
 
-    ran = run_here(
-        "export.py",
-        "--set",
-        " data . workers = 0",
-        "--model",
-        run,
-        "--format",
-        "onnx",
-        "--size",
-        "48x64",
-        "--bake",
-        "--samples",
-        4,
-    )
+    arguments = ("--format", "onnx", "--size", "48x64", "--bake", "--samples", 4, "--set", " data . workers = 0")
+    ran = run_here("export.py", "--model", run, *arguments)
     assert ran.returncode == 0, ran.stderr
     assert not ran.stderr
     path = run / "export" / "model-48x64-baked.onnx"
